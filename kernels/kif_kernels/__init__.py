@@ -1,0 +1,10 @@
+"""KIF's operator, a folder per op. It knows tensors only: no subject, no model, no file.
+
+Letters, the same in every docstring: N tokens, B batch rows, T positions, D width; S signature slots, R rank and C
+capsules of a bank; M capsule-set rows, L the longest set.
+"""
+
+from .layout import KernelError, SiteTensors
+from .suppress import scores, suppress, suppress_
+
+__all__ = ["KernelError", "SiteTensors", "scores", "suppress", "suppress_"]

@@ -1,0 +1,130 @@
+"""How one site's signatures lie in memory: packed tensors whose addresses never change while signatures come and go."""
+
+from dataclasses import dataclass, fields
+from math import inf, log, sqrt
+from typing import Self
+
+import torch
+from torch import Tensor
+
+# A soft gate counts as 0 below 2⁻¹⁰. sigmoid(z) ≥ 2⁻¹⁰ is z ≥ −ln 1023, so that this too is decided on a score.
+LOG_1023 = log(1023.0)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class KernelError(ValueError):
+    """A tensor given to an operator has the wrong shape, dtype, device or layout."""
+
+
+@dataclass(frozen=True, eq=False)
+class SiteTensors:
+    """One site's signatures, packed. Everything but `used` and `sets` is indexed by slot; slots used..S-1 are free.
+
+    `bias` of a free slot is -inf, so that it cannot fire whoever looks at it. `k` is inf and `tau` 0 for a hard gate.
+    `margin` is `screening_margin`. `owner` is the index of the slot's capsule. Row m of `sets` lists the slots of
+    capsule set m at this site in canonical order (capsule id bytewise, then signature number), -1 after the last.
+    """
+
+    detector: Tensor  # [S, D] fp32
+    bias: Tensor  # [S] fp32
+    k: Tensor  # [S] fp32
+    tau: Tensor  # [S] fp32
+    margin: Tensor  # [S] fp32
+    basis: Tensor  # [S, R, D] fp32 or the model's dtype; rows past a signature's rank are zero
+    target: Tensor  # [S, R] fp32
+    strength: Tensor  # [S] fp32
+    owner: Tensor  # [S] int32
+    used: Tensor  # [1] int32
+    sets: Tensor  # [M, L] int32
+
+    @classmethod
+    def empty(
+        cls,
+        *,
+        width: int,
+        signatures: int,
+        rank: int,
+        rows: int,
+        set_length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Tensors for `signatures` free slots and `rows` empty capsule sets. `dtype` is the basis's."""
+
+        def full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        return cls(
+            detector=full((signatures, width), 0),
+            bias=full((signatures,), -inf),
+            k=full((signatures,), inf),
+            tau=full((signatures,), 0),
+            margin=full((signatures,), 0),
+            basis=full((signatures, rank, width), 0, dtype),
+            target=full((signatures, rank), 0),
+            strength=full((signatures,), 0),
+            owner=full((signatures,), -1, torch.int32),
+            used=full((1,), 0, torch.int32),
+            sets=full((rows, set_length), -1, torch.int32),
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors in the order of their declaration, which is the order the registered operators take them in."""
+        return (
+            self.detector, self.bias, self.k, self.tau, self.margin, self.basis,
+            self.target, self.strength, self.owner, self.used, self.sets,
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+    def check(self) -> None:
+        """Raise KernelError unless shapes, dtypes, device and layout are as declared. For once, not for every call."""
+        if self.detector.dim() != 2 or self.basis.dim() != 3 or self.sets.dim() != 2 or self.sets.shape[1] == 0:
+            raise KernelError("detector must be [S, D], basis [S, R, D] and sets [M, L] with L over 0")
+        (slots, width), rank = self.detector.shape, self.basis.shape[1]
+        shapes: dict[str, tuple[int, ...]] = {
+            "detector": (slots, width), "basis": (slots, rank, width), "target": (slots, rank), "used": (1,),
+            "sets": tuple(self.sets.shape),
+        }  # fmt: skip
+        integers = ("owner", "used", "sets")
+        for name in (f.name for f in fields(self)):
+            tensor, shape = getattr(self, name), shapes.get(name, (slots,))
+            allowed = FLOATS if name == "basis" else (torch.int32,) if name in integers else (torch.float32,)
+            if tuple(tensor.shape) != shape or tensor.dtype not in allowed:
+                got = f"{tensor.dtype} {list(tensor.shape)}"
+                raise KernelError(f"{name} is {got}, expected {list(shape)} of {' or '.join(map(str, allowed))}")
+            if tensor.device != self.detector.device or not tensor.is_contiguous():
+                raise KernelError(f"{name} must be contiguous and on {self.detector.device}, where detector is")
+
+
+SITE_ARGUMENTS = ", ".join(f"Tensor {field.name}" for field in fields(SiteTensors))
+
+
+def gamma(width: int) -> float:
+    """γ_n = n·u / (1 − n·u) for fp32, n = width + 32: bounds the relative error of n roundings in any order."""
+    n = (width + 32) * 2.0**-24
+    return n / (1.0 - n)
+
+
+def screening_margin(detector: Tensor, bias: Tensor, tau: Tensor, k: Tensor) -> Tensor:
+    """How far a screened score may lie below the decided one. detector [S, D]; bias, tau, k [S]; gives [S] fp32.
+
+    Two fp32 scores of the same token are compared: the *screen* w·(x·(1/rms)) + b from a matrix product, in an order
+    that depends on the library and the batch, and the *decision* in a fixed order. Let v = x / rms(x), so ‖v‖ ≤ √D,
+    and u = 2⁻²⁴.
+    - The screen's product, summed in any order: at most γ_D‖w‖‖v‖ by Cauchy-Schwarz. Its rms: a sum of squares has
+      relative error γ_D, its root half of that. Mean, epsilon, root, reciprocal, scaling: 8u. Together 1.5·γ_D + 8u.
+    - The decision, summed by halves: ⌈log₂D⌉ + 1 roundings in the product, half as many and 4 more in v. With D up to
+      2¹⁶ that is under 32u. So both together are under 2·γ_{D+32}, times ‖w‖√D, with room for second-order terms.
+    - Bias, τ and ln(1023)/k enter the screen's sum and may be rounded in each of its steps, and a few times in the
+      decision: under 2·γ_{D+32}(|b| + |τ| + 7/k).
+    The sum is computed here in float64 and rounded up; 1e-30 covers underflow. So a decision to fire implies that
+    screen + margin is over the gate's floor.
+    """
+    width = detector.shape[-1]
+    reach = detector.double().norm(dim=-1) * sqrt(width)
+    size = reach + bias.double().abs() + tau.double().abs() + 7.0 / k.double()
+    return ((2.0 * gamma(width) * size + 1e-30) * (1 + 2.0**-20)).float()

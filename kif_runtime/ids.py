@@ -1,0 +1,29 @@
+"""Subject ids: readable slugs for public subjects, random bits for private ones."""
+
+import secrets
+import unicodedata
+
+from .errors import CapsuleError
+from .files import shown
+
+MAX_ID_BYTES = 120  # with the suffix and a temporary's name it stays under every file system's 255
+
+
+def slug(name: str) -> str:
+    """The id of a public subject: NFKC, lower case, runs of anything but letters, marks and digits become one '-'.
+
+    Letters of every script stay. Raises CapsuleError where nothing is left. Two names may share a slug; whoever stores
+    capsules refuses the second.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", str(name)).lower())
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else "-" for c in text)
+    short = "-".join(filter(None, kept.split("-"))).encode()[:MAX_ID_BYTES]
+    result = short.decode("utf-8", "ignore").strip("-")
+    if not result:
+        raise CapsuleError(f"the name {shown(name)!r} has no letter or digit to make an id from; give an id")
+    return result
+
+
+def opaque_id() -> str:
+    """The id of a private subject: 128 random bits in hex, never a function of the name."""
+    return secrets.token_hex(16)

@@ -1,0 +1,51 @@
+"""Packaging. `kernels/` and `integrations/` are folders that hold packages; they are not packages themselves."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+FOLDERS = {"kernels": "kif_kernels*", ".": "kif_runtime*", "integrations": "kif_*"}
+
+package_dir: dict[str, str] = {}
+packages: list[str] = []
+for folder, pattern in FOLDERS.items():
+    found = find_packages(str(HERE / folder), include=[pattern])
+    packages += found
+    package_dir |= {name: name if folder == "." else f"{folder}/{name}" for name in found if "." not in name}
+
+BAKE = ["peft>=0.18", "accelerate>=1.1"]
+REPORT = ["jinja2>=3.1"]
+DEMO = ["gguf>=0.17", "accelerate>=1.1", *REPORT]  # what transformers needs to read the embedded model's GGUF file
+BENCH = ["pytest>=8", "pytest-benchmark>=5"]
+TEST = ["hypothesis>=6.100", "scipy>=1.13", "scikit-learn>=1.5"]
+
+setup(
+    name="kif-runtime",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "kif_runtime/__init__.py").read_text()).group(1),
+    description="Erase what a language model knows about a subject: find its signature, suppress it, bake it in.",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir=package_dir,
+    package_data={"": ["**/*.json", "**/*.jsonl", "**/*.html", "**/*.txt", "**/*.jinja", "py.typed"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.0,<5.20",
+        "safetensors>=0.5",
+        "numpy>=2.0",
+        "filelock>=3.12",
+        "typer>=0.15",
+        "rich>=13.8",
+    ],
+    extras_require={
+        "vllm": ["vllm>=0.32,<0.33"],
+        "bake": BAKE,
+        "report": REPORT,
+        "demo": DEMO,
+        "bench": BENCH,
+        "dev": [*BAKE, *DEMO, *BENCH, *TEST, "ruff>=0.9", "mypy>=1.14"],
+    },
+    entry_points={"console_scripts": ["kif=kif_cli.main:main"]},
+)

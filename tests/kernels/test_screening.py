@@ -1,0 +1,104 @@
+"""The screen never rules out what the fixed-order decision fires, however near the score is to the floor."""
+
+from collections.abc import Iterator
+from math import inf
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kif_kernels import SiteTensors, scores, suppress_
+from kif_kernels.layout import LOG_1023, screening_margin
+
+INF = torch.tensor(inf)
+
+
+def on_the_edge(x: torch.Tensor, detector: torch.Tensor, k: float | None) -> SiteTensors:
+    """A site where token n of x [N, D] has set n, of one signature whose score there is the lowest that still fires."""
+    n, width = x.shape
+    site = SiteTensors.empty(width=width, signatures=n, rank=1, rows=n, set_length=1)
+    site.detector.copy_(detector)
+    site.bias.zero_()
+    score = scores(x, site).diagonal()
+    if k is None:
+        site.bias.copy_(torch.nextafter(-score, INF))  # the sum is exact, and just over 0
+    else:
+        site.k.fill_(k)
+        tau = score + LOG_1023 / k + 1e-4 * (score.abs() + 7 / k)
+        fires = torch.zeros(n, dtype=torch.bool)
+        while not fires.all():  # lower τ by single steps until the gate just opens
+            tau = torch.where(
+                fires, tau, (tau - score).mul(1 - 2.0**-22).add(score).minimum(torch.nextafter(tau, -INF))
+            )
+            fires = site.k * (score - tau) >= -LOG_1023
+        site.tau.copy_(tau)
+    site.basis[:, 0, 0], site.strength[:] = 1.0, 1.0
+    site.target[:, 0] = x[:, 0] + x[:, 0].abs() + 1  # a token on which its signature fires cannot stay as it was
+    site.owner.copy_(torch.arange(n))
+    site.used.fill_(n)
+    site.sets.copy_(torch.arange(n)[:, None])
+    site.margin.copy_(screening_margin(site.detector, site.bias, site.tau, site.k))
+    return site
+
+
+def missed(x: torch.Tensor, site: SiteTensors) -> int:
+    """How many tokens are left as they are, all at once and each alone."""
+    rows, together, alone = torch.arange(len(x), dtype=torch.int32), x.clone(), x.clone()
+    suppress_(together, rows, site)
+    for n in range(len(x)):
+        suppress_(alone[n : n + 1], rows[n : n + 1], site)
+    return int((together == x).all(1).sum() + (alone == x).all(1).sum())
+
+
+@pytest.fixture(params=["highest", "high", "medium"])
+def precision(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.sampled_from([1, 2, 3, 31, 64, 100, 576, 1024, 2048]),
+    seed=st.integers(0, 2**31),
+    size=st.sampled_from([1e-20, 1e-3, 1.0, 1e4, 1e16, 1e30]),
+    weight=st.sampled_from([1e-6, 1.0, 1e6]),
+    spread=st.sampled_from([0.0, 1.0, 4.0]),
+    k=st.sampled_from([None, 0.05, 1.6, 40.0]),
+)
+def test_nothing_that_fires_is_ruled_out(width, seed, size, weight, spread, k) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(24, width, generator=g) * torch.exp(spread * torch.randn(24, width, generator=g)) * size
+    detector = torch.randn(24, width, generator=g) * torch.exp(spread * torch.randn(24, width, generator=g)) * weight
+    assert missed(x, on_the_edge(x, detector, k)) == 0
+
+
+@pytest.mark.parametrize("k", [None, 1.6], ids=["hard", "soft"])
+def test_it_holds_where_fp32_products_are_allowed_to_be_coarse(precision, k) -> None:
+    x, detector = torch.randn(2, 200, 576, generator=torch.Generator().manual_seed(1))
+    assert missed(x, on_the_edge(x, detector, k)) == 0
+
+
+def test_it_holds_under_autocast() -> None:
+    x, detector = torch.randn(2, 200, 576, generator=torch.Generator().manual_seed(1))
+    site = on_the_edge(x, detector, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert missed(x, site) == 0
+
+
+def test_the_margin_is_needed() -> None:
+    """The tests above can fail: without the margin the same edge cases are missed."""
+    x, detector = torch.randn(2, 200, 576, generator=torch.Generator().manual_seed(1))
+    site = on_the_edge(x, detector, None)
+    site.margin.zero_()
+    assert missed(x, site) > 100
+
+
+def test_the_margin_rules_out_nearly_everything_else() -> None:
+    """As tight as 1e-4 of what a score can be, so that candidates that do not fire stay rare."""
+    detector = torch.randn(3, 576, generator=torch.Generator().manual_seed(1))
+    margin = screening_margin(detector, torch.zeros(3), torch.zeros(3), torch.full((3,), inf))
+    assert (margin < 1e-4 * detector.norm(dim=1) * 24).all()
+    assert (margin > 5e-5 * detector.norm(dim=1) * 24).all()
