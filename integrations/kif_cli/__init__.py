@@ -1,1 +1,1 @@
-"""The kif command."""
+"""The `kif` command: the front door, and the only room that knows all the others."""

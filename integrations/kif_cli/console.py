@@ -1,0 +1,91 @@
+"""What the command prints: results on stdout; progress, warnings and errors on stderr."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+Report = Callable[[int, int, str], None]
+"""How long work tells how far it is: (done, total, what)."""
+
+PLAIN_SECONDS = 10.0
+
+
+def out() -> Console:
+    """Results. Text is printed as it is: names and answers may hold what looks like markup."""
+    return Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def err() -> Console:
+    return Console(stderr=True, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    err().print(f"kif: warning: {message}", style="yellow")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One object; keys keep their order, letters of every script stay readable."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A bar for each kind of work on a terminal; elsewhere a line when one begins and one every ten seconds."""
+    console = err()
+    if not console.is_terminal:
+        yield _plain_lines(console)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def report(done: int, total: int, what: str) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def _plain_lines(console: Console) -> Report:
+    last: dict[str, float] = {}
+
+    def report(done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if what not in last or now - last[what] > PLAIN_SECONDS:
+            last[what] = now
+            console.print(f"{what}: {done} of {total}")
+
+    return report
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Something of unknown length is going on: a spinner on a terminal, a line elsewhere."""
+    console = err()
+    if console.is_terminal:
+        with console.status(what):
+            yield
+    else:
+        console.print(what)
+        yield
+
+
+def show_log() -> None:
+    """Let what the runtime reports, such as the first conversion of the embedded model, reach the user."""
+    logger = logging.getLogger("kif_runtime")
+    if not any(isinstance(handler, _ToConsole) for handler in logger.handlers):
+        logger.addHandler(_ToConsole())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+class _ToConsole(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        err().print(record.getMessage(), style="dim")

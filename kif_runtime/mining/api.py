@@ -1,0 +1,122 @@
+"""`mine`: from a name to a capsule."""
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..capsule import Capsule, Signature, opaque_id, slug
+from ..errors import MiningError
+from ..packaging import version
+from .control import RECIPE, Control, Progress, prepare
+from .corpus import corpus
+from .fisher import STEP_SIZE, STEPS, mine_fisher, names_in_common
+from .paper import mine_paper
+from .reading import Reader
+from .subject import Subject, checked_forms, read_subject
+
+METHODS = ("fisher", "kif-paper")
+FEWEST_CONTROLS = 8
+_LOW_RECALL = 0.9
+_MUCH_KEPT = 0.5
+
+
+def mine(
+    model: nn.Module, tokenizer: Any, name: str, *, aliases: Sequence[str] = (), kind: str | None = None,
+    prompts: Sequence[str] | None = None, controls: Sequence[str] | None = None, method: str = "fisher",
+    false_positive_rate: float = 1e-5, private: bool = False, keep_name: bool = False, id: str | None = None,
+    site: int | None = None, steps: int = STEPS, date: str | None = None, progress: Progress | None = None,
+) -> Capsule:  # fmt: skip
+    """Mine the signature of `name` in `model` and return it as a capsule.
+
+    aliases: other forms of the name. kind: `place`, `person`, …; found from the activations where not given. prompts:
+    templates of your own with one `{}`, at least 8. controls: names that must not fire, at least 8. method: `fisher`
+    (KIF's) or `kif-paper` (arXiv 2601.10566). false_positive_rate: asked per token and signature. private: a random id
+    instead of a slug. keep_name: store the name and aliases in the capsule. site: block, by default a tenth of the way
+    up. steps: refinement steps for the subject. date: ISO day for the provenance, by default today's.
+
+    The first call for a model reads its controls (minutes; cached, see `prepare`); later ones take seconds. The model
+    is left as it was. Raises MiningError for names, prompts or controls that cannot be mined from, ModelError for a
+    model without decoder blocks.
+    """
+    forms = checked_forms(name, aliases)
+    if method not in METHODS:
+        raise MiningError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
+    if not 0 < false_positive_rate <= 0.01:
+        raise MiningError(f"a false-positive rate of {false_positive_rate:g} is outside (0, 0.01]; ask for one inside")
+    if controls is not None and len(set(controls) - set(forms)) < FEWEST_CONTROLS:
+        raise MiningError(f"too few controls: give at least {FEWEST_CONTROLS} other names of the same kind, or none")
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            control = prepare(model, tokenizer, site=site, progress=progress)
+            reader = Reader(model, tokenizer)
+            subject = read_subject(reader, control, forms, kind, prompts, controls)
+            if method == "kif-paper":
+                signatures: tuple[Signature, ...] = (mine_paper(reader, control, subject),)
+                kept, near = None, None
+            else:
+                mined = mine_fisher(reader, control, subject, false_positive_rate, steps)
+                signatures, kept, near = mined.signatures, mined.kept, mined.near_rate
+    finally:
+        model.train(was_training)
+    calibration = _summary(control, subject, signatures, kept, near)
+    settings = {"site": control.site, "steps": steps, "step_size": STEP_SIZE, "recipe": RECIPE}
+    provenance = {
+        "kif": version(), "method": method, "prompts": "own" if prompts is not None else corpus().digest,
+        "date": date or datetime.date.today().isoformat(), "settings": settings,
+    }  # fmt: skip
+    capsule = Capsule(
+        id=id or (opaque_id() if private else slug(forms[0])), signatures=signatures, model=control.fingerprint,
+        width=reader.width, blocks=len(reader.blocks), calibration=calibration, provenance=provenance,
+        name=forms[0] if keep_name and not private else None, aliases=forms[1:] if keep_name and not private else (),
+    )  # fmt: skip
+    capsule.validate()
+    return capsule
+
+
+def _summary(
+    control: Control, subject: Subject, signatures: Sequence[Signature], kept: float | None, near: float | None
+) -> dict[str, Any]:
+    """The capsule's own calibration: the worst of its signatures, and what the person who asked should know."""
+    summary: dict[str, Any] = {"kind": subject.kind, "warnings": []}
+    recalls = [s.calibration["recall"] for s in signatures if "recall" in s.calibration]
+    if recalls:
+        summary["recall"] = min(recalls)
+        summary["false_positive_rate"] = sum(s.calibration.get("measured", 0.0) for s in signatures)
+        if summary["recall"] < _LOW_RECALL:
+            summary["warnings"].append(f"the name is recognised in only {summary['recall']:.0%} of held-out prompts")
+    if near is not None:
+        summary["near_miss_rate"] = near
+        if near > 0.02:
+            summary["warnings"].append(f"{near:.0%} of the tokens of names that share its words are suppressed too")
+    if kept is not None:
+        summary["kept"] = kept
+        if kept > _MUCH_KEPT:
+            summary["warnings"].append(f"{kept:.0%} of the divergence from the prior is left on held-out prompts")
+    fired, count = _homonyms(control, subject, signatures)
+    if count and fired > 0:
+        summary["warnings"].append(
+            f"{count} other known names share the whole name, and {fired:.0%} of their mentions are suppressed too"
+        )
+        summary["homonym_rate"] = fired
+    return summary
+
+
+def _homonyms(control: Control, subject: Subject, signatures: Sequence[Signature]) -> tuple[float, int]:
+    """(share of mentions that fire, number) of known other names that hold the subject's name or are held by it."""
+    numbers = names_in_common(subject.forms, [e.name for e in control.entities])
+    if not numbers:
+        return 0.0, 0
+    wanted = torch.isin(control.entity[control.text], torch.tensor(numbers))
+    states = control.states[wanted & control.last].float()
+    fires = torch.zeros(len(states), dtype=torch.bool)
+    for s in signatures:
+        if s.site != control.site:
+            continue
+        scores = states @ s.detector + s.bias
+        fires |= scores > (s.tau or 0.0)
+    return float(fires.float().mean()) if len(states) else 0.0, len(numbers)

@@ -1,0 +1,97 @@
+"""Many subjects from one file of requests, one error per line, resumable."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..capsule import Capsule, slug
+from ..errors import KifError, MiningError
+from ..files import reason, shown
+from .api import mine
+from .control import prepare
+
+_FIELDS = {"name", "aliases", "kind", "id", "private", "prompts", "controls"}
+
+
+@dataclass
+class BatchReport:
+    """Line numbers, from 1: mined now, found done before, failed with why."""
+
+    done: list[int] = field(default_factory=list)
+    skipped: list[int] = field(default_factory=list)
+    failed: list[tuple[int, str]] = field(default_factory=list)
+
+
+def mine_batch(
+    model: nn.Module, tokenizer: Any, requests: str | Path, out: str | Path, *,
+    progress: Callable[[int, int, str], None] | None = None, **options: Any,
+) -> BatchReport:  # fmt: skip
+    """Mine every line of `requests` (JSON objects: `name`, and optionally keywords of `mine`) into folder `out`.
+
+    A line whose capsule is in `out` already is skipped, so an interrupted run goes on where it stopped; a private line
+    needs an `id` for that, a random one would be mined again. A bad line is reported and the others are mined. Raises
+    MiningError where the file cannot be read or `out` cannot be made.
+    """
+    lines = _lines(Path(requests))
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise MiningError(f"cannot make {shown(folder)}: {reason(failure)}") from failure
+    digest = prepare(model, tokenizer, site=options.get("site"), progress=progress).fingerprint
+    report = BatchReport()
+    taken: dict[str, int] = {}
+    for position, (number, line) in enumerate(lines):
+        try:
+            request = _request(line)
+            key = request.get("id") or slug(request["name"])
+            if key in taken and not request.get("private"):
+                raise MiningError(f"it has the same id as line {taken[key]}; give one of them another id")
+            taken[key] = number
+            path = folder / f"{key}.kif.safetensors"
+            if path.exists() and not (request.get("private") and "id" not in request):
+                Capsule.load(path, digest)
+                report.skipped.append(number)
+            else:
+                capsule = mine(model, tokenizer, **(options | request))
+                capsule.save(folder / f"{capsule.id}.kif.safetensors")
+                report.done.append(number)
+        except KifError as failure:
+            report.failed.append((number, str(failure)))
+        if progress:
+            progress(position + 1, len(lines), "mining subjects")
+    return report
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        told = reason(failure) if isinstance(failure, OSError) else "it is not UTF-8 text"
+        raise MiningError(f"cannot read {shown(path)}: {told}") from failure
+    return [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _request(line: str) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        raise MiningError('it is not JSON; write one object a line, such as {"name": "…"}') from None
+    if not isinstance(request, dict) or not isinstance(request.get("name"), str):
+        raise MiningError('it has no "name"; write one object a line, such as {"name": "…"}')
+    if unknown := sorted(set(request) - _FIELDS):
+        raise MiningError(f"unknown field {unknown[0]!r}; known are {', '.join(sorted(_FIELDS))}")
+    for key in ("aliases", "prompts", "controls"):
+        value = request.get(key)
+        if value is not None and not (isinstance(value, list) and all(isinstance(x, str) for x in value)):
+            raise MiningError(f"field {key!r} must be a list of strings")
+    for key in ("kind", "id"):
+        if request.get(key) is not None and not isinstance(request[key], str):
+            raise MiningError(f"field {key!r} must be a string")
+    if not isinstance(request.get("private", False), bool):
+        raise MiningError("field 'private' must be true or false")
+    return {k: v for k, v in request.items() if v is not None}

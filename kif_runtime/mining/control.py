@@ -1,0 +1,228 @@
+"""What mining needs to know of a model, read once and cached: control states, reference answers, neutral direction."""
+
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import MiningError
+from ..files import reason, shown, sync_folder
+from ..fingerprint import fingerprint
+from ..models import cache_folder
+from . import neutral as neutral_
+from .corpus import ANY, Corpus, Entity, corpus, mentions
+from .reading import Prompt, Reader, normalised
+
+Progress = Callable[[int, int, str], None]
+# Later blocks make the first token an attention sink with massive activations, in which a name can no longer be seen.
+OPENING_SITE = 0
+RECIPE = 2  # raise it when what is cached changes meaning
+
+# The embedded model's neutral direction ships, since learning it well takes long; `bench/neutral.py` makes it anew.
+SHIPPED = Path(__file__).parent / "data" / "neutral.safetensors"
+
+
+@dataclass(frozen=True)
+class Control:
+    """One model's controls at one site.
+
+    states [N, D] fp16: RMS-normalised states of every token of the control texts. text [N]: which text each is of.
+    last [N]: it is the last token of its entity's name. entity [texts]: the number of that entity, or −1. mean [D],
+    scatter [D, D]: of the states. raw_mean [D]: of last tokens, not normalised. neutral [D]. opening [P, D] fp16,
+    opening_text [P]: as states and text, at OPENING_SITE. opening_mean [D]: of first tokens there, not normalised.
+    known: reference answers by kind.
+    """
+
+    site: int
+    fingerprint: str
+    texts: tuple[str, ...]
+    states: Tensor
+    text: Tensor
+    last: Tensor
+    entity: Tensor
+    mean: Tensor
+    scatter: Tensor
+    raw_mean: Tensor
+    neutral: Tensor
+    opening: Tensor
+    opening_text: Tensor
+    opening_mean: Tensor
+    known: dict[str, neutral_.References]
+    entities: tuple[Entity, ...]
+
+    def negatives(self, forms: Sequence[str]) -> Tensor:
+        """Rows whose text does not name the subject, and is not about an entity whose name is part of the subject's."""
+        return ~self._naming(forms)[self.text]
+
+    def opening_negatives(self, forms: Sequence[str]) -> Tensor:
+        """The same for `opening`."""
+        return ~self._naming(forms)[self.opening_text]
+
+    def _naming(self, forms: Sequence[str]) -> Tensor:
+        return torch.tensor([mentions(t, forms) for t in self.texts])
+
+
+def default_site(blocks: int) -> int:
+    """A tenth of the way up: the name's tokens have met, and what is known of them is not yet spread."""
+    return max(1, round(0.1 * blocks))
+
+
+def prepare(
+    model: nn.Module, tokenizer: Any, *, site: int | None = None, steps: int = 60, progress: Progress | None = None
+) -> Control:
+    """The model's controls, from the cache or computed and put there.
+
+    The cache file is keyed by the model's fingerprint, the corpus, the site and the recipe. A damaged one is made anew.
+    Raises MiningError for a model or tokenizer that cannot be read, KifError where the cache cannot be written.
+    """
+    reader = Reader(model, tokenizer)
+    site = default_site(len(reader.blocks)) if site is None else site
+    if not 0 <= site < len(reader.blocks):
+        raise MiningError(f"site {site} is not a block of this model; choose 0 to {len(reader.blocks) - 1}")
+    digest = fingerprint(model)
+    path = _path(digest, site, steps)
+    if (found := _loaded.get(path)) is not None:
+        return found
+    control = _read(path, site, digest)
+    if control is None:
+        control = _compute(reader, site, digest, steps, progress or (lambda done, total, what: None))
+        _write(path, control)
+    _loaded.clear()  # one model at a time: the states take a hundred megabytes
+    _loaded[path] = control
+    return control
+
+
+_loaded: dict[Path, Control] = {}
+
+
+def _path(digest: str, site: int, steps: int) -> Path:
+    name = f"{digest[:24]}-{corpus().digest[:12]}-site{site}-r{RECIPE}-{steps}.safetensors"
+    return cache_folder() / "controls" / name
+
+
+def _compute(reader: Reader, site: int, digest: str, steps: int, progress: Progress) -> Control:
+    data = corpus()
+    rng = random.Random(0)
+    prompts, about = _control_prompts(data, rng)
+    texts = tuple(p.text for p in prompts) + data.passages
+    shipped = shipped_neutral(digest, site)
+    total = len(texts) + 100 * len(data.kinds) + (0 if shipped is not None else 50 * steps)
+    done = 0
+
+    def advance(count: int, what: str) -> None:
+        nonlocal done
+        done += count
+        progress(done, total, what)
+
+    raw = reader.states(texts, site, tick=lambda n: advance(n, "reading controls"))
+    spans = reader.name_tokens(prompts)
+    last = torch.cat([_marked(len(x), spans[i][-1] if i < len(spans) else None) for i, x in enumerate(raw)])
+    text = torch.cat([torch.full((len(x),), i) for i, x in enumerate(raw)])
+    stacked = torch.cat(raw)
+    states = normalised(stacked)
+    mean = states.mean(0)
+    known = {}
+    for kind in data.kinds:
+        known[kind] = neutral_.references(reader, data, kind, rng)
+        advance(100, "reading reference answers")
+    early = reader.states(texts, OPENING_SITE)
+    lead = reader.leading_tokens
+    opening = normalised(torch.cat(early[::2]))
+    opening_text = torch.cat([torch.full((len(early[i]),), i) for i in range(0, len(early), 2)])
+    opening_mean = torch.stack([x[lead] for x in early[: len(prompts)]]).mean(0)
+    raw_last = stacked[last]
+    vector = shipped
+    if vector is None:
+        vector = neutral_.learn(
+            reader, data, known, site, scale=float(raw_last.norm(dim=1).median()), steps=steps,
+            tick=lambda n: advance(50 * n, "learning the neutral direction"),
+        )  # fmt: skip
+    return Control(
+        site, digest, texts, states.half(), text, last, torch.tensor([*about, *([-1] * len(data.passages))]),
+        mean, (states - mean).T @ (states - mean) / len(states), raw_last.mean(0), vector,
+        opening.half(), opening_text, opening_mean, known, data.entities,
+    )  # fmt: skip
+
+
+def _control_prompts(data: Corpus, rng: random.Random) -> tuple[list[Prompt], list[int]]:
+    """Two texts about every entity: a template for anything, and one for its kind."""
+    prompts, about = [], []
+    for number, entity in enumerate(data.entities):
+        for templates in (data.templates[ANY], data.templates[entity.kind]):
+            prompts.append(Prompt.of(rng.choice(templates), entity.name))
+            about.append(number)
+    return prompts, about
+
+
+def _marked(length: int, position: int | None) -> Tensor:
+    row = torch.zeros(length, dtype=torch.bool)
+    if position is not None:
+        row[position] = True
+    return row
+
+
+def shipped_neutral(digest: str, site: int) -> Tensor | None:
+    """The neutral direction [D] that ships for the model with this fingerprint, or None."""
+    if not SHIPPED.exists():
+        return None
+    with safe_open(SHIPPED, "pt") as file:
+        name = f"{digest}.{site}"
+        return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118 - not a mapping
+
+
+_TENSORS = ("states", "text", "last", "entity", "mean", "scatter", "raw_mean", "neutral")
+_OPENING = ("opening", "opening_text", "opening_mean")
+
+
+def _write(path: Path, control: Control) -> None:
+    tensors = {name: getattr(control, name).contiguous() for name in (*_TENSORS, *_OPENING)}
+    for kind, r in control.known.items():
+        tensors |= {f"{kind}.tokens": r.tokens, f"{kind}.probs": r.probs, f"{kind}.answers": r.answers}
+    known = {kind: {"templates": r.templates, "names": r.names} for kind, r in control.known.items()}
+    meta = {"texts": json.dumps(control.texts), "known": json.dumps(known)}
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=".kif-", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, meta)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, SafetensorError) as failure:
+        told = reason(failure) if isinstance(failure, OSError) else str(failure)
+        raise MiningError(f"cannot keep the model's controls in {shown(path.parent)}: {told}") from failure
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _read(path: Path, site: int, digest: str) -> Control | None:
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        known = {
+            kind: neutral_.References(
+                tuple(k["templates"]),
+                tuple(k["names"]),
+                *(tensors[f"{kind}.{part}"] for part in ("tokens", "probs", "answers")),
+            )
+            for kind, k in json.loads(meta["known"]).items()
+        }
+        main = {name: tensors[name] for name in (*_TENSORS, *_OPENING)}
+        return Control(
+            site, digest, tuple(json.loads(meta["texts"])), known=known, entities=corpus().entities, **main
+        )
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return None  # damaged: it is only a cache

