@@ -15,11 +15,12 @@ for folder, pattern in FOLDERS.items():
     packages += found
     package_dir |= {name: name if folder == "." else f"{folder}/{name}" for name in found if "." not in name}
 
+DATA = ("json", "jsonl", "txt", "html", "jinja", "safetensors")
 BAKE = ["peft>=0.18", "accelerate>=1.1"]
 REPORT = ["jinja2>=3.1"]
 DEMO = ["gguf>=0.17", "accelerate>=1.1", *REPORT]  # what transformers needs to read the embedded model's GGUF file
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]
-TEST = ["hypothesis>=6.100", "scipy>=1.13", "scikit-learn>=1.5"]
+TEST = ["hypothesis>=6.100", "scikit-learn>=1.5"]
 
 setup(
     name="kif-runtime",
@@ -29,12 +30,13 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir=package_dir,
-    package_data={"": ["**/*.json", "**/*.jsonl", "**/*.html", "**/*.txt", "**/*.jinja", "py.typed"]},
+    package_data={"": [*(f"**/*.{end}" for end in DATA), "py.typed"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.0,<5.20",
         "safetensors>=0.5",
         "numpy>=2.0",
+        "scipy>=1.13",
         "filelock>=3.12",
         "typer>=0.15",
         "rich>=13.8",

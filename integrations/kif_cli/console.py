@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from kif_runtime.errors import KifError
+
 Report = Callable[[int, int, str], None]
 """How long work tells how far it is: (done, total, what)."""
 
@@ -29,9 +31,16 @@ def warn(message: str) -> None:
     err().print(f"kif: warning: {message}", style="yellow")
 
 
+def to_json(value: dict[str, Any]) -> str:
+    """Keys keep their order, letters of every script stay readable. Raises KifError where a number is not finite."""
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise KifError("the model gives numbers that are not finite; check it, or load it with another dtype") from None
+
+
 def print_json(value: dict[str, Any]) -> None:
-    """One object; keys keep their order, letters of every script stay readable."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    print(to_json(value))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from kif_runtime.errors import RequestError
 from kif_runtime.evaluation.facts import Fact, answer_probabilities, load_facts
 from kif_runtime.evaluation.run import fact_row
 
@@ -20,6 +21,7 @@ FORMS = ("bare", "chat")
 MOST_KEPT = 0.2  # of the excess knowledge of any one fact, either way
 MOST_MOVED = 0.05  # in the probability of any one neighbour's answer
 MEAN_MOVED = 0.005
+OTHERS = 3  # chat questions about neighbours
 BARE, CHAT = How(max_new_tokens=8), How(max_new_tokens=14, chat=True)
 
 
@@ -43,17 +45,26 @@ class Script:
     traced: list[str]
 
 
-def script(folder: Path = DATA) -> Script:
-    content = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-    subject = content["subject"]
-    facts = load_facts(folder / "facts.jsonl")
+def script(subject: str | None = None) -> Script:
+    """The demo about one of the countries it has facts for. Raises RequestError for another subject."""
+    content = json.loads((DATA / "demo.json").read_text(encoding="utf-8"))
+    facts = load_facts(DATA / "facts.jsonl")
+    questions = [Question(**question) for question in content["questions"]]
+    subject = subject or content["subject"]
+    own = [question for question in questions if question.about == subject]
+    if not own:
+        known = ", ".join(dict.fromkeys(question.about for question in questions))
+        raise RequestError(f"the demo has no questions about {subject!r}; choose one of {known}")
+    others = {
+        question.about: question for question in reversed(questions) if question.about != subject
+    }  # first of each
     return Script(
         subject,
         [fact for fact in facts if fact.subject == subject],
         [fact for fact in facts if fact.subject != subject],
-        [Question(**question) for question in content["questions"]],
+        [*own, *list(others.values())[::-1][:OTHERS]],
         content["untouched"],
-        content["traced"],
+        [text.format(subject) for text in content["traced"]],
     )
 
 

@@ -14,6 +14,8 @@ from kif_runtime.errors import KifError, one_line
 
 from .commands import demo, evaluate, generate, mine, show, trace, validate
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 
 class Front(TyperGroup):
     """Whatever a user can cause ends in one line on stderr, `kif: …`, and exit code 2; never in a traceback."""
@@ -43,6 +45,8 @@ class Front(TyperGroup):
                 _end(problem.format_message())
             command = context.command_path if context else "kif"
             _end(f"kif: {one_line(problem.format_message()).rstrip('.')}; see `{command} --help`")
+        if code == INTERRUPTED:  # before a command had begun
+            _end("kif: interrupted")
         sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,6 +1,5 @@
 """Where results go. What cannot be written is refused before the work begins, not after it."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from kif_runtime.errors import KifError
 from kif_runtime.files import atomic_write, reason, shown
+
+from .console import to_json
 
 
 def check_file(path: Path) -> None:
@@ -48,7 +49,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, to_json(value) + "\n")
 
 
 def read_lines(path: Path, what: str) -> list[str]:

@@ -4,10 +4,14 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from markupsafe import Markup, escape
-
 from kif_runtime import __version__
 from kif_runtime.errors import KifError
+
+try:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
+except ImportError:
+    raise KifError("pages need jinja2; install it with: pip install 'kif-runtime[report]'") from None
 
 from .describing import describe, quality
 
@@ -76,11 +80,7 @@ def visible(token: str) -> str:
 
 
 @cache
-def _environment() -> Any:
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError:
-        raise KifError("pages need jinja2; install it with: pip install 'kif-runtime[report]'") from None
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("kif_cli", "templates"),
         autoescape=True,

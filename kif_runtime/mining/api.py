@@ -7,18 +7,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import __version__
 from ..capsule import Capsule, Signature, opaque_id, slug
 from ..errors import MiningError
-from ..packaging import version
+from ..files import shown
 from .control import RECIPE, Control, Progress, prepare
 from .corpus import corpus
-from .fisher import STEP_SIZE, STEPS, mine_fisher, names_in_common
+from .fisher import mine_fisher, names_in_common
 from .paper import mine_paper
-from .reading import Reader
+from .reading import Reader, undisturbed
+from .refining import STEP_SIZE, STEPS
 from .subject import Subject, checked_forms, read_subject
 
 METHODS = ("fisher", "kif-paper")
 FEWEST_CONTROLS = 8
+# Control text that names the subject is no negative; a name such as 'it' leaves too little to calibrate on.
+FEWEST_NEGATIVES = 0.1
 _LOW_RECALL = 0.9
 _MUCH_KEPT = 0.5
 
@@ -35,47 +39,68 @@ def mine(
     templates of your own with one `{}`, at least 8. controls: names that must not fire, at least 8. method: `fisher`
     (KIF's) or `kif-paper` (arXiv 2601.10566). false_positive_rate: asked per token and signature. private: a random id
     instead of a slug. keep_name: store the name and aliases in the capsule. site: block, by default a tenth of the way
-    up. steps: refinement steps for the subject. date: ISO day for the provenance, by default today's.
+    up. steps: refinement steps for the subject, 0 for mining in bulk. date: ISO day, by default today.
 
     The first call for a model reads its controls (minutes; cached, see `prepare`); later ones take seconds. The model
     is left as it was. Raises MiningError for names, prompts or controls that cannot be mined from, ModelError for a
     model without decoder blocks.
     """
+    _check_lists(aliases=aliases, prompts=prompts, controls=controls)
     forms = checked_forms(name, aliases)
+    id = checked_id(id, forms[0], private)
     if method not in METHODS:
         raise MiningError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
+    if steps < 0:
+        raise MiningError(f"{steps} refinement steps are not possible; ask for 0 or more")
     if not 0 < false_positive_rate <= 0.01:
         raise MiningError(f"a false-positive rate of {false_positive_rate:g} is outside (0, 0.01]; ask for one inside")
     if controls is not None and len(set(controls) - set(forms)) < FEWEST_CONTROLS:
         raise MiningError(f"too few controls: give at least {FEWEST_CONTROLS} other names of the same kind, or none")
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            control = prepare(model, tokenizer, site=site, progress=progress)
-            reader = Reader(model, tokenizer)
-            subject = read_subject(reader, control, forms, kind, prompts, controls)
-            if method == "kif-paper":
-                signatures: tuple[Signature, ...] = (mine_paper(reader, control, subject),)
-                kept, near = None, None
-            else:
-                mined = mine_fisher(reader, control, subject, false_positive_rate, steps)
-                signatures, kept, near = mined.signatures, mined.kept, mined.near_rate
-    finally:
-        model.train(was_training)
+    with undisturbed(model):
+        control = prepare(model, tokenizer, site=site, progress=progress)
+        _check_negatives(control, forms)
+        reader = Reader(model, tokenizer)
+        subject = read_subject(reader, control, forms, kind, prompts, controls)
+        if method == "kif-paper":
+            signatures: tuple[Signature, ...] = (mine_paper(reader, control, subject),)
+            kept, near = None, None
+        else:
+            mined = mine_fisher(reader, control, subject, false_positive_rate, steps)
+            signatures, kept, near = mined.signatures, mined.kept, mined.near_rate
     calibration = _summary(control, subject, signatures, kept, near)
     settings = {"site": control.site, "steps": steps, "step_size": STEP_SIZE, "recipe": RECIPE}
     provenance = {
-        "kif": version(), "method": method, "prompts": "own" if prompts is not None else corpus().digest,
+        "kif": __version__, "method": method, "prompts": "own" if prompts is not None else corpus().digest,
         "date": date or datetime.date.today().isoformat(), "settings": settings,
     }  # fmt: skip
     capsule = Capsule(
-        id=id or (opaque_id() if private else slug(forms[0])), signatures=signatures, model=control.fingerprint,
-        width=reader.width, blocks=len(reader.blocks), calibration=calibration, provenance=provenance,
+        id=id, signatures=signatures, model=control.fingerprint, width=reader.width, blocks=len(reader.blocks),
+        calibration=calibration, provenance=provenance,
         name=forms[0] if keep_name and not private else None, aliases=forms[1:] if keep_name and not private else (),
     )  # fmt: skip
     capsule.validate()
     return capsule
+
+
+def checked_id(id: str | None, name: str, private: bool) -> str:
+    """The id given, or the one the name gets. Raises MiningError for one that no capsule can have."""
+    if id is None:
+        return opaque_id() if private else slug(name)
+    if not isinstance(id, str) or not id or slug(id) != id:
+        raise MiningError(f"the id {shown(str(id), 60)!r} is not valid; use lower-case letters, digits and single '-'")
+    return id
+
+
+def _check_lists(**lists: Sequence[str] | None) -> None:
+    for what, given in lists.items():
+        if given is not None and (isinstance(given, str) or not all(isinstance(x, str) for x in given)):
+            raise MiningError(f"{what} must be a list of texts; write it as one")
+
+
+def _check_negatives(control: Control, forms: Sequence[str]) -> None:
+    shares = [n.float().mean() for n in (control.negatives(forms), control.opening_negatives(forms))]
+    if min(shares) < FEWEST_NEGATIVES:
+        raise MiningError("the name, or an alias, is part of nearly every text; give a longer form of it")
 
 
 def _summary(

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..capsule import Capsule, slug
+from ..capsule import Capsule
 from ..errors import KifError, MiningError
 from ..files import reason, shown
-from .api import mine
+from .api import checked_id, mine
 from .control import prepare
 
 _FIELDS = {"name", "aliases", "kind", "id", "private", "prompts", "controls"}
@@ -32,9 +32,10 @@ def mine_batch(
 ) -> BatchReport:  # fmt: skip
     """Mine every line of `requests` (JSON objects: `name`, and optionally keywords of `mine`) into folder `out`.
 
-    A line whose capsule is in `out` already is skipped, so an interrupted run goes on where it stopped; a private line
-    needs an `id` for that, a random one would be mined again. A bad line is reported and the others are mined. Raises
-    MiningError where the file cannot be read or `out` cannot be made.
+    `options` are keywords of `mine` for every line; a line's own win. A line whose capsule is in `out` already is
+    skipped, so an interrupted run goes on where it stopped; a private line needs an `id` for that, without one it is
+    mined again. A bad line is reported and the others are mined. Raises MiningError where the file cannot be read or
+    `out` cannot be made.
     """
     lines = _lines(Path(requests))
     folder = Path(out)
@@ -44,20 +45,21 @@ def mine_batch(
         raise MiningError(f"cannot make {shown(folder)}: {reason(failure)}") from failure
     digest = prepare(model, tokenizer, site=options.get("site"), progress=progress).fingerprint
     report = BatchReport()
-    taken: dict[str, int] = {}
+    taken: dict[str | None, int] = {}
     for position, (number, line) in enumerate(lines):
         try:
-            request = _request(line)
-            key = request.get("id") or slug(request["name"])
-            if key in taken and not request.get("private"):
-                raise MiningError(f"it has the same id as line {taken[key]}; give one of them another id")
-            taken[key] = number
-            path = folder / f"{key}.kif.safetensors"
-            if path.exists() and not (request.get("private") and "id" not in request):
+            request = options | _request(line)
+            id = _id(request)
+            if id in taken:
+                raise MiningError(f"it has the same id as line {taken[id]}; give one of them another id")
+            path = folder / f"{id}.kif.safetensors"
+            if id is not None:
+                taken[id] = number
+            if id is not None and path.exists():
                 Capsule.load(path, digest)
                 report.skipped.append(number)
             else:
-                capsule = mine(model, tokenizer, **(options | request))
+                capsule = mine(model, tokenizer, **request)
                 capsule.save(folder / f"{capsule.id}.kif.safetensors")
                 report.done.append(number)
         except KifError as failure:
@@ -69,11 +71,18 @@ def mine_batch(
 
 def _lines(path: Path) -> list[tuple[int, str]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as failure:
         told = reason(failure) if isinstance(failure, OSError) else "it is not UTF-8 text"
         raise MiningError(f"cannot read {shown(path)}: {told}") from failure
-    return [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def _id(request: dict[str, Any]) -> str | None:
+    """The id of the line's capsule; None where it will be random."""
+    if request.get("private") and request.get("id") is None:
+        return None
+    return checked_id(request.get("id"), request["name"], False)
 
 
 def _request(line: str) -> dict[str, Any]:

@@ -17,14 +17,11 @@ from ..capsule import Signature
 from ..errors import MiningError
 from .control import OPENING_SITE, Control
 from .detector import Decision, decide, fisher
-from .neutral import References, bucketed, divergence, move
-from .reading import Batch, Edit, Prompt, Reader
+from .reading import Reader
+from .refining import STEPS, refine
 from .subject import Group, Subject
 
-STEPS = 3
-STEP_SIZE = 0.17  # of the neutral vector's norm
 ENOUGH_RECALL = 0.97
-HELD_OUT = 4
 
 
 @dataclass(frozen=True)
@@ -32,19 +29,17 @@ class Mined:
     """Signatures, and what validation on held-out templates said of them."""
 
     signatures: tuple[Signature, ...]
-    kept: float
+    kept: float | None
     near_rate: float
 
 
 def mine_fisher(reader: Reader, control: Control, subject: Subject, asked: float, steps: int = STEPS) -> Mined:
     """Signatures of `subject`, thresholds for `asked` false fires per token."""
     decided = decisions(control, subject, asked)
-    vector, row, share = refine(reader, control, subject, steps)
-    basis = torch.cat([(vector / vector.norm())[None], row])
-    target = torch.cat([vector.norm()[None], row @ control.raw_mean])
-    signatures = [_signature(control.site, "last", d, basis, target) for d in decided]
+    refined = refine(reader, control, subject, steps)
+    signatures = [_signature(control.site, "last", d, refined.basis, refined.targets) for d in decided]
     signatures += [_opening_signature(control, g, asked, subject.forms) for g in subject.groups if g.role == "first"]
-    return Mined(tuple(signatures), share, max(d.near_rate for d in decided))
+    return Mined(tuple(signatures), refined.kept, max(d.near_rate for d in decided))
 
 
 def _opening_signature(control: Control, group: Group, asked: float, forms: Sequence[str]) -> Signature:
@@ -91,74 +86,6 @@ def decisions(control: Control, subject: Subject, asked: float) -> list[Decision
         if min(recalls) >= ENOUGH_RECALL:
             return [joint]
     return [fit(g) for g in groups]
-
-
-def refine(reader: Reader, control: Control, subject: Subject, steps: int) -> tuple[Tensor, Tensor, float]:
-    """The subject's neutral vector [D], the difference row [1, D] orthogonal to it, and the share of KL kept.
-
-    Trains on the kind's reference templates but the last HELD_OUT, on which the share KL(prior ‖ after) ÷ KL(prior ‖
-    before) is measured.
-    """
-    known = control.known[subject.kind]
-    batch, rows, positions, priors, tokens, before = _asked(reader, known, subject)
-    train, held = slice(0, -HELD_OUT), slice(-HELD_OUT, None)
-    row = _difference(control, subject, control.neutral)
-    target = row @ control.raw_mean
-    vector = control.neutral - row.T @ (row @ control.neutral)
-    size = STEP_SIZE * float(vector.norm())
-    best, least = vector, float("inf")
-    velocity = torch.zeros_like(vector)
-    training = batch.take(train)
-    for step in range(steps + 1):
-        vector = vector.detach().requires_grad_(step < steps)
-        with torch.set_grad_enabled(step < steps), reader.edited(
-            control.site, _on(reader, vector, rows[train], positions[train], row, target)
-        ):
-            loss = divergence(priors[train], bucketed(reader.next_token(training), tokens[train])).mean()
-        if float(loss) < least:
-            best, least = vector.detach(), float(loss)
-        if step < steps:
-            (slope,) = torch.autograd.grad(loss, vector)
-            slope = slope - row.T @ (row @ slope)
-            velocity = 0.5 * velocity + slope / slope.norm().clamp_min(1e-12)
-            vector = vector - size * (1 - step / steps) * velocity / velocity.norm().clamp_min(1e-12)
-    with torch.no_grad(), reader.edited(control.site, _on(reader, best, rows[held], positions[held], row, target)):
-        after = divergence(priors[held], bucketed(reader.next_token(batch.take(held)), tokens[held]))
-    was = divergence(priors[held], before[held])
-    return best, row, float(after.sum() / was.sum().clamp_min(1e-6))
-
-
-def _on(
-    reader: Reader, vector: Tensor, rows: Tensor, positions: Tensor, row: Tensor, target: Tensor
-) -> Edit:
-    here = rows - rows[0]
-    return move(vector.to(reader.device), here, positions, row.to(reader.device), target.to(reader.device))
-
-
-def _difference(control: Control, subject: Subject, neutral: Tensor) -> Tensor:
-    """The unit row [1, D] along which the subject's mean last token differs from the controls', freed of `neutral`."""
-    raw = torch.cat([g.raw for g in subject.groups if g.role == "last"])
-    gap = raw.mean(0) - control.raw_mean
-    unit = neutral / neutral.norm()
-    gap = gap - (gap @ unit) * unit
-    return (gap / gap.norm())[None]
-
-
-@torch.no_grad()
-def _asked(
-    reader: Reader, known: References, subject: Subject
-) -> tuple[Batch, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The reference templates asked about the subject: batch, edit places, priors, bucket tokens, its own answers."""
-    prompts = [Prompt.of(t, subject.forms[0]) for t in known.templates]
-    if len(prompts) <= HELD_OUT:
-        raise MiningError(f"{len(prompts)} reference templates are too few; prepare the model again")
-    batch = reader.encode([p.text for p in prompts])
-    spans = [reader.name_span(batch.offsets[i, : int(batch.lengths[i])], p) for i, p in enumerate(prompts)]
-    log_probs = reader.next_token(batch)
-    same = [n for n, name in enumerate(known.names) if name in subject.forms]
-    priors = torch.stack([known.prior(t, int(log_probs[t].argmax()), same) for t in range(len(prompts))])
-    places = torch.tensor([s[-1] for s in spans])
-    return batch, torch.arange(len(prompts)), places, priors, known.tokens, bucketed(log_probs, known.tokens)
 
 
 def names_in_common(forms: Sequence[str], others: Sequence[str]) -> list[int]:

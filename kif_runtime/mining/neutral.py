@@ -19,8 +19,8 @@ from torch import Tensor
 from .corpus import Corpus, Entity
 from .reading import Batch, Edit, Prompt, Reader
 
-TEMPLATES = 12
-NAMES = 12
+TEMPLATES, NAMES = 18, 12  # reference templates and entities of each kind
+LEARNED = 12  # of the templates, the shortest, are what the direction is learned on
 BUCKETS = 512
 _BYSTANDERS = ("{} and {}. ", "Unlike {}, ", "We talked about {}. ", "{}, ")
 
@@ -130,8 +130,7 @@ def learn(
     seed: int = 0,
     tick: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """The neutral direction [D] at `site`, fp32, by Adam on KL to the prior; `scale`: the usual norm of a name's state.
-    """
+    """The neutral direction [D] at `site`, fp32, by Adam on KL to the prior. scale: the usual norm of a name."""
     rng = random.Random(seed)
     items = _items(known)
     weights = [item.weight for item in items]
@@ -155,7 +154,7 @@ def _items(known: dict[str, References]) -> list[_Item]:
     """Every (template, entity), weighted by how far the model's answer is from the prior: that is what must go."""
     made = []
     for reference in known.values():
-        for t, template in enumerate(reference.templates):
+        for t, template in enumerate(reference.templates[:LEARNED]):
             for n, name in enumerate(reference.names):
                 prior = reference.prior(t, int(reference.answers[t, n]), without=[n])
                 far = divergence(prior[None], reference.probs[t, n : n + 1].clamp_min(1e-9).log())
@@ -170,7 +169,7 @@ def _bystander_items(reader: Reader, known: dict[str, References], count: int, r
     made = []
     for index in range(count):
         reference = rng.choice(list(known.values()))
-        t, n = rng.randrange(len(reference.templates)), rng.randrange(len(reference.names))
+        t, n = rng.randrange(LEARNED), rng.randrange(len(reference.names))
         aside = rng.choice([x for x in names if x != reference.names[n]])
         lead = _BYSTANDERS[index % len(_BYSTANDERS)].replace("{}", aside, 1).replace("{}", reference.names[n], 1)
         text = lead + reference.templates[t].replace("{}", reference.names[n])
@@ -190,9 +189,6 @@ def _loss(reader: Reader, site: int, items: Sequence[_Item], vector: Tensor, suf
     places = [(r, p) for r, (span, last) in enumerate(zip(spans, suffixes, strict=True)) for p in span[-last:]]
     rows, positions = (torch.tensor(x) for x in zip(*places, strict=True))
     with torch.enable_grad(), reader.edited(site, move(vector.to(reader.device), rows, positions)):
-        log_probs = reader.next_token(batch)
-    tokens = torch.stack([i.tokens for i in items])
-    goals = torch.stack([i.goal for i in items])
-    return divergence(goals, bucketed(log_probs, tokens)).mean()
-
-
+        tokens = torch.stack([i.tokens for i in items])
+        goals = torch.stack([i.goal for i in items])
+        return divergence(goals, bucketed(reader.next_token(batch), tokens)).mean()

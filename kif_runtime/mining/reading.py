@@ -39,7 +39,7 @@ class Batch:
     def lengths(self) -> Tensor:
         return self.mask.sum(1)
 
-    def take(self, rows: slice) -> "Batch":
+    def take(self, rows: Tensor) -> "Batch":
         """Some of the rows, without the padding that only the others needed."""
         longest = int(self.lengths[rows].max())
         return Batch(self.ids[rows, :longest], self.mask[rows, :longest], self.offsets[rows, :longest])
@@ -49,6 +49,19 @@ def normalised(x: Tensor) -> Tensor:
     """x / rms(x) along the last dimension, fp32, as the operator scores it."""
     x = x.float()
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode and records no gradients; afterwards each of its modules is in its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class _Reached(Exception):

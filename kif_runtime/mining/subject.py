@@ -71,7 +71,9 @@ def read_subject(
     data = corpus()
     if kind is not None and kind not in data.kinds:
         raise MiningError(f"kind {kind!r} is not known; choose one of {', '.join(data.kinds)}, or give none")
-    general = checked_templates(prompts) if prompts is not None else data.templates[ANY][:_ANY_TEMPLATES]
+    # Own prompts count once each: some are held out from the others.
+    own = checked_templates(list(dict.fromkeys(prompts))) if prompts is not None else None
+    general = own or data.templates[ANY][:_ANY_TEMPLATES]
     made = [(t, Prompt.of(t, form)) for form in forms for t in general]
     raw, spans = _read(reader, control.site, [p for _, p in made])
     if kind is None:
@@ -140,11 +142,17 @@ def _near(
     """States that must not fire although they are close: near-miss names, given controls, words before the name."""
     step = max(1, len(data.entities) // _PARTNERS)
     others = [e.name for e in data.entities[step // 2 :: step]]
-    names = [m for form in forms for m in near_misses(form, others)]
-    names += [c for c in controls or () if c not in forms]
-    names = [n for n in dict.fromkeys(names) if n.casefold() not in {f.casefold() for f in forms}]
+    # A part of one form may be another form, or end in one; a control given by the user may hold the name on purpose.
+    names = [m for form in forms for m in near_misses(form, others) if not _holds(m, forms)]
+    same = {form.casefold() for form in forms}
+    names = list(dict.fromkeys([*names, *(c for c in controls or () if c.casefold() not in same)]))
     templates = data.templates[ANY]
     texts = [templates[i % len(templates)].replace("{}", n) for i, n in enumerate(names)]
     rows = [x for x in reader.states(texts, control.site)] if texts else []
     before = [x[: span[0]] for x, span in zip(raw, spans, strict=True)]
     return normalised(join([*rows, *before], reader.width))
+
+
+def _holds(name: str, forms: Sequence[str]) -> bool:
+    """Whether `name` holds a form of the subject as whole words."""
+    return any(f" {form} ".casefold() in f" {name} ".casefold() for form in forms)

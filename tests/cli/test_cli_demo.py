@@ -141,12 +141,24 @@ def test_what_the_demo_asks_is_never_what_mining_reads():
     assert all(fact.prior_subjects for fact in script.facts)
 
 
+def test_another_country_makes_the_rest_its_neighbours():
+    script = demonstration.script("France")
+    assert {fact.subject for fact in script.facts} == {"France"}
+    assert "Japan" in {fact.subject for fact in script.neighbours}
+    assert {q.about for q in script.questions} > {"France"}
+    assert script.traced[0] == "The capital of France is"
+
+
+def test_a_subject_without_questions_is_refused(refused, tmp_path):
+    assert "choose one of Japan, " in refused("demo", "--subject", "Atlantis", "--out", tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_the_demo_shows_what_it_claims(kif, embedded, tmp_path):
     result = kif("demo", "--out", tmp_path / "demo", "--json")
     assert result.exit_code == 0, result.stdout
     found = result.json
     assert found == json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert found["passed"] and found["subject"] == "Japan"
+    assert found["passed"] and found["subject"] == demonstration.script().subject
     assert (tmp_path / "demo" / "report.html").stat().st_size > 10_000
-    assert kif("validate", tmp_path / "demo" / "japan.kif.safetensors", "--model", "embedded").exit_code == 0
+    assert kif("validate", next((tmp_path / "demo").glob("*.kif.safetensors")), "--model", "embedded").exit_code == 0

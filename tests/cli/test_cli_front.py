@@ -68,6 +68,14 @@ def test_an_interruption_anywhere_is_one_line(refused, monkeypatch, tmp_path):
     assert refused("show", tmp_path / "any") == "kif: interrupted"
 
 
+def test_an_interruption_before_a_command_begins_is_one_line_too(refused, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kif_cli.main.Front.make_context", interrupt)
+    assert refused("show", "any") == "kif: interrupted"
+
+
 def test_a_missing_embedded_model_is_refused_with_the_command_that_installs_it(refused, monkeypatch, tmp_path):
     monkeypatch.setattr("kif_runtime.models.EMBEDDED_PACKAGE", "no_such_package_here")
     result = refused("generate", "-m", "embedded", "hello")

@@ -79,6 +79,11 @@ def test_a_capsule_of_another_model_is_refused_by_its_file(refused, tiny, tmp_pa
     assert path.name in refused("generate", "-m", tiny.folder, "-c", path, "japan")
 
 
+@pytest.mark.parametrize(("share", "said"), [("2", "max_false_fire"), ("1e-4", "calibration tail")])
+def test_thresholds_that_cannot_be_tightened_are_refused(refused, tiny, capsule_file, share, said):
+    assert said in refused("generate", "-m", tiny.folder, "-c", capsule_file, "--max-false-fire", share, "japan")
+
+
 def test_one_capsule_twice_is_refused(refused, tiny, capsule_file):
     assert "'japan'" in refused("generate", "-m", tiny.folder, "-c", capsule_file, "-c", capsule_file, "japan")
 

@@ -17,9 +17,11 @@ from ..console import err, print_json, progress
 from ..console import out as stdout
 
 if TYPE_CHECKING:
+    from kif_runtime import Capsule
+
     from ..demonstration import Script
 
-MODEL = "embedded"
+MODEL, MODEL_NAME = "embedded", "SmolLM2-135M-Instruct"
 STEPS = 6
 
 
@@ -27,6 +29,10 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the capsule and the page go.")] = Path(
         "kif-demo"
     ),
+    subject: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Another country that the demo has questions on."),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Do the main job on a small model, and write a page.
@@ -38,7 +44,7 @@ def demo(
     outputs.check_folder(out)
     console = err() if json else stdout()
     try:
-        results = _run(console, out)
+        results = _run(console, out, subject)
     except KeyboardInterrupt:
         raise KifError("interrupted; run the demo again") from None
     if json:
@@ -47,26 +53,24 @@ def demo(
         raise typer.Exit(1)
 
 
-def _run(console: Console, folder: Path) -> dict[str, Any]:
+def _run(console: Console, folder: Path, subject: str | None) -> dict[str, Any]:
     begun = time.perf_counter()
     seconds: dict[str, float] = {}
-    _step(console, 1, "The model is loaded")
-    from ..loading import attached, open_model
+    from kif_runtime.evaluation.facts import prior_probabilities
 
+    from ..demonstration import FORMS, ask, compare, script
+    from ..describing import summary
+    from ..loading import attached, open_model
+    from ..pages import demo_page
+    from ..tracing import trace
+
+    play = script(subject)
+    _step(console, 1, "The model is loaded")
     model, tokenizer = open_model(MODEL)
     seconds["load"] = time.perf_counter() - begun
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    console.print(
-        f"  SmolLM2-135M-Instruct, {size:.0f} million parameters, on {model.device} ({seconds['load']:.1f} s)"
-    )
+    console.print(f"  {MODEL_NAME}, {size:.0f} million parameters, on {model.device} ({seconds['load']:.1f} s)")
 
-    from kif_runtime.evaluation.facts import prior_probabilities
-    from kif_runtime.mining import mine, prepare
-
-    from ..demonstration import FORMS, ask, compare, script
-    from ..tracing import trace
-
-    play = script()
     _step(console, 2, f"It is asked about {play.subject}, and about its neighbours")
     with progress() as report:
         before = ask(model, tokenizer, play, report)
@@ -74,13 +78,7 @@ def _run(console: Console, folder: Path) -> dict[str, Any]:
     _print_before(console, play, before.texts, before.probabilities["bare"])
 
     _step(console, 3, f"The signature of {play.subject} is mined")
-    with progress() as report:
-        prepare(model, tokenizer, progress=report)  # once per model
-        mark = time.perf_counter()
-        capsule = mine(model, tokenizer, play.subject, progress=report)
-        seconds["mine"] = time.perf_counter() - mark
-    from ..describing import describe, summary
-
+    capsule, seconds["mine"] = _mine(model, tokenizer, play.subject)
     console.print(f"  {summary(capsule)} ({seconds['mine']:.1f} s)")
 
     _step(console, 4, f"The same questions, with {play.subject} suppressed")
@@ -93,31 +91,52 @@ def _run(console: Console, folder: Path) -> dict[str, Any]:
     _step(console, 5, "The neighbours, with the same capsule")
     _print_texts(console, [row for row in compared["texts"] if not row["about_subject"]])
 
+    _step(console, 6, "What was found")
+    seconds["total"] = time.perf_counter() - begun
+    results = _results(play.subject, capsule, seconds, compared)
+    page = demo_page(results, capsule, traces)
+    _print_checks(console, results)
+    _write(console, folder, capsule, results, page)
+    return results
+
+
+def _mine(model: Any, tokenizer: Any, subject: str) -> "tuple[Capsule, float]":
+    """The capsule and the seconds it took, not counting what is computed once per model."""
+    from kif_runtime.mining import mine, prepare
+
+    with progress() as report:
+        prepare(model, tokenizer, progress=report)
+        begun = time.perf_counter()
+        capsule = mine(model, tokenizer, subject, progress=report)
+    return capsule, time.perf_counter() - begun
+
+
+def _results(subject: str, capsule: "Capsule", seconds: dict[str, float], compared: dict[str, Any]) -> dict[str, Any]:
     from kif_runtime import __version__
 
-    seconds["total"] = time.perf_counter() - begun
-    results = {
+    from ..describing import describe
+
+    return {
         "passed": compared["passed"],
-        "subject": play.subject,
-        "model": "SmolLM2-135M-Instruct",
+        "subject": subject,
+        "model": MODEL_NAME,
         "kif": __version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "seconds": {what: round(value, 2) for what, value in seconds.items()},
-        **{key: value for key, value in compared.items() if key != "passed"},
+        **compared,
         "capsule": describe(capsule),
     }
-    from ..pages import demo_page
 
-    _step(console, 6, "What was found")
+
+def _write(console: Console, folder: Path, capsule: "Capsule", results: dict[str, Any], page: str) -> None:
     outputs.make_folder(folder)
-    capsule.save(folder / f"{capsule.id}.kif.safetensors", overwrite=True)
+    file = folder / f"{capsule.id}.kif.safetensors"
+    capsule.save(file, overwrite=True)
     outputs.write_json(folder / "results.json", results)
-    outputs.write_text(folder / "report.html", demo_page(results, capsule, traces))
-    _print_checks(console, results)
-    console.print(f"  capsule  {folder / capsule.id}.kif.safetensors")
+    outputs.write_text(folder / "report.html", page)
+    console.print(f"  capsule  {file}")
     console.print(f"  figures  {folder / 'results.json'}")
     console.print(f"  page     {(folder / 'report.html').resolve().as_uri()}")
-    return results
 
 
 def _step(console: Console, number: int, what: str) -> None:

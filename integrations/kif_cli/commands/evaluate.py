@@ -70,6 +70,7 @@ def evaluate(
         raise KifError("the suite text needs running text; give --text FILE")
     outputs.check_folder(output)
     from ..loading import attached, check_fit, load_capsules, open_model
+    from ..pages import eval_page
 
     capsules = load_capsules(capsule)
     about, others = _split(capsules, facts, neighbours)
@@ -90,8 +91,6 @@ def evaluate(
             loaded, tokenizer, erased, facts=about, neighbours=others, text=passage, form=form, progress=report
         )
     results = _results(model, adapter, capsules, max_false_fire, sorted(suites), table, time.perf_counter() - begun)
-    from ..pages import eval_page
-
     outputs.make_folder(output)
     outputs.write_json(output / "results.json", results)
     outputs.write_text(output / "report.html", eval_page(results))

@@ -34,6 +34,7 @@ def trace(
         raise KifError("a trace needs a capsule; give at least one with --capsule FILE")
     if html is not None:
         outputs.check_file(html)
+        from ..pages import trace_page
     from ..loading import check_fit, load_capsules, open_model
 
     capsules = load_capsules(capsule)
@@ -43,8 +44,6 @@ def trace(
 
     traces = run(loaded, tokenizer, capsules, prompts, chat=chat, max_false_fire=max_false_fire)
     if html is not None:
-        from ..pages import trace_page
-
         outputs.write_text(html, trace_page(model, capsules, traces))
     if json:
         print_json({"model": model, "capsules": [c.id for c in capsules], "traces": [_values(t) for t in traces]})
