@@ -6,6 +6,7 @@ import stat
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from .errors import CapsuleError
@@ -34,8 +35,8 @@ def metadata_json(capsule: "Capsule") -> bytes:
 
 def encode(capsule: "Capsule") -> bytes:
     """The file's bytes; the same capsule always gives the same bytes. The capsule must be valid."""
-    tensors = {
-        f"signature.{n}.{name}": tensor.detach().cpu().contiguous()
+    tensors = {  # copies, since safetensors refuses tensors that share memory
+        f"signature.{n}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for n, signature in enumerate(capsule.signatures)
         for name, tensor in signature.tensors.items()
     }

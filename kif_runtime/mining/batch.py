@@ -53,8 +53,6 @@ def mine_batch(
             if id in taken:
                 raise MiningError(f"it has the same id as line {taken[id]}; give one of them another id")
             path = folder / f"{id}.kif.safetensors"
-            if id is not None:
-                taken[id] = number
             if id is not None and path.exists():
                 Capsule.load(path, digest)
                 report.skipped.append(number)
@@ -62,6 +60,8 @@ def mine_batch(
                 capsule = mine(model, tokenizer, **request)
                 capsule.save(folder / f"{capsule.id}.kif.safetensors")
                 report.done.append(number)
+            if id is not None:
+                taken[id] = number
         except KifError as failure:
             report.failed.append((number, str(failure)))
         if progress:

@@ -35,7 +35,8 @@ class Mined:
 
 def mine_fisher(reader: Reader, control: Control, subject: Subject, asked: float, steps: int = STEPS) -> Mined:
     """Signatures of `subject`, thresholds for `asked` false fires per token."""
-    decided = decisions(control, subject, asked)
+    negatives = control.states[control.negatives(subject.forms)].float()
+    decided = decisions(control, subject, negatives, asked)
     refined = refine(reader, control, subject, steps)
     signatures = [_signature(control.site, "last", d, refined.basis, refined.targets) for d in decided]
     signatures += [_opening_signature(control, g, asked, subject.forms) for g in subject.groups if g.role == "first"]
@@ -43,15 +44,19 @@ def mine_fisher(reader: Reader, control: Control, subject: Subject, asked: float
 
 
 def _opening_signature(control: Control, group: Group, asked: float, forms: Sequence[str]) -> Signature:
-    """The name as the sequence's first token. Its state is always the same, so one row moves it onto the usual one."""
+    """The name as the sequence's first token. Its state is always the same, so one row moves it onto the usual one.
+
+    It must not fire on the name elsewhere: what the other signature sees there would have been changed.
+    """
     negatives = control.opening[control.opening_negatives(forms)].float()
     mean = negatives.mean(0)
     away = negatives - mean
     scatter = away.T @ away / len(negatives)
-    detector = fisher(group.states, mean, scatter, negatives[:0], negatives)
+    aside = group.aside if group.aside is not None else negatives[:0]
+    detector = fisher(group.states, mean, scatter, aside, torch.cat([negatives, aside]))
     gap = group.raw[0] - control.opening_mean
     row = (gap / gap.norm())[None]
-    decision = decide(detector, group.states, negatives, negatives[:0], asked)
+    decision = decide(detector, group.states, negatives, aside, asked)
     return _signature(OPENING_SITE, "first", decision, row, row @ control.opening_mean)
 
 
@@ -68,9 +73,8 @@ def _signature(site: int, role: str, decision: Decision, basis: Tensor, target: 
     )
 
 
-def decisions(control: Control, subject: Subject, asked: float) -> list[Decision]:
+def decisions(control: Control, subject: Subject, negatives: Tensor, asked: float) -> list[Decision]:
     """One detector for all last tokens where it recalls every form well enough, else one for each form."""
-    negatives = control.states[control.negatives(subject.forms)].float()
 
     def fit(group: Group) -> Decision:
         train, held = group.split()

@@ -12,9 +12,10 @@ from .reading import Batch, Prompt, Reader
 from .subject import Subject
 
 STEPS = 3
+ASKED = 14  # reference templates, the shortest, from which the most telling are chosen
 STEP_SIZE = 0.17  # of the neutral vector's norm
 # Of the kind's reference templates those that tell most about the subject: every third of them is held out.
-TRAINING, HELD_OUT = 8, 4
+TRAINING, HELD_OUT = 6, 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class _Asked:
     def loss(self, vector: Tensor, row: Tensor, target: Tensor) -> Tensor:
         """KL(prior ‖ p) [B] with the vector set at the name."""
         device = self.reader.device
-        edit = move(vector.to(device), torch.arange(len(self.places)), self.places, row.to(device), target.to(device))
+        rows = torch.arange(len(self.places))
+        edit = move(vector.to(device), rows, self.places, row.to(device), target.to(device))
         with self.reader.edited(self.site, edit):
             return divergence(self.priors, bucketed(self.reader.next_token(self.batch), self.tokens))
 
@@ -109,11 +111,12 @@ def _unit(x: Tensor) -> Tensor:
 def _ask(reader: Reader, control: Control, subject: Subject) -> tuple[_Asked, Tensor]:
     """The kind's reference templates for the subject, and KL(prior ‖ before) of each."""
     known: References = control.known[subject.kind]
-    prompts = [Prompt.of(t, subject.forms[0]) for t in known.templates]
+    prompts = [Prompt.of(t, subject.forms[0]) for t in known.templates[:ASKED]]
     batch = reader.encode([p.text for p in prompts])
     places = torch.tensor([s[-1] for s in reader.name_tokens(prompts)])
     log_probs = reader.next_token(batch)
     same: Sequence[int] = [n for n, name in enumerate(known.names) if name in subject.forms]
     priors = torch.stack([known.prior(t, int(log_probs[t].argmax()), same) for t in range(len(prompts))])
-    before = divergence(priors, bucketed(log_probs, known.tokens))
-    return _Asked(reader, control.site, batch, places, priors, known.tokens), before
+    tokens = known.tokens[: len(prompts)]
+    before = divergence(priors, bucketed(log_probs, tokens))
+    return _Asked(reader, control.site, batch, places, priors, tokens), before

@@ -14,6 +14,8 @@ from .reading import Prompt, Reader, normalised
 
 LONGEST_NAME = 48  # tokens
 _ANY_TEMPLATES = 24
+# With templates, where the name stands elsewhere than at the start, also without a space before it.
+_ELSEWHERE = ("({}) and {}", '"{}" and', "\n{} was", "The {}")
 _PARTNERS = 10  # entities whose words are joined with the subject's for near misses
 
 
@@ -23,11 +25,13 @@ class Group:
 
     raw [P, D]: residual states of the name's last token. number [P]: each prompt's template, for holding some out.
     role: `last`, or `first` where the whole name is the sequence's first token; that is read at OPENING_SITE.
+    aside [M, D]: for `first`, what must not fire: RMS-normalised states of the name elsewhere and of tokens around it.
     """
 
     role: str
     raw: Tensor
     number: Tensor
+    aside: Tensor | None = None
 
     @property
     def states(self) -> Tensor:
@@ -82,7 +86,7 @@ def read_subject(
         more = [(t, Prompt.of(t, form)) for form in forms for t in data.templates[kind]]
         more_raw, more_spans = _read(reader, control.site, [p for _, p in more])
         made, raw, spans = made + more, raw + more_raw, spans + more_spans
-    groups = _grouped(made, raw, spans, reader.leading_tokens) + _opening(reader, forms)
+    groups = _grouped(made, raw, spans, reader.leading_tokens) + _opening(reader, data, forms)
     return Subject(forms, kind, groups, _near(reader, control, data, forms, made, raw, spans, controls))
 
 
@@ -126,13 +130,20 @@ def _grouped(
     )
 
 
-def _opening(reader: Reader, forms: Sequence[str]) -> tuple[Group, ...]:
+def _opening(reader: Reader, data: Corpus, forms: Sequence[str]) -> tuple[Group, ...]:
     """A group for each form that is one token at the start of a sequence: one state, since nothing comes before it."""
-    prompts = [Prompt.of("{} is", form) for form in forms]
-    spans = reader.name_tokens(prompts)
-    single = [p for p, s in zip(prompts, spans, strict=True) if s[-1] == reader.leading_tokens]
-    states = reader.states([p.text for p in single], OPENING_SITE) if single else []
-    return tuple(Group("first", x[reader.leading_tokens][None], torch.zeros(1, dtype=torch.long)) for x in states)
+    start = reader.leading_tokens
+    groups = []
+    for form in forms:
+        prompts = [Prompt.of(t, form) for t in ("{} is", *_ELSEWHERE, *data.templates[ANY])]
+        spans = reader.name_tokens(prompts)
+        if spans[0][-1] != start:
+            continue
+        rows = reader.states([p.text for p in prompts], OPENING_SITE)
+        aside = [x[start + 1 :] if span[0] == start else x for x, span in zip(rows, spans, strict=True)]
+        number = torch.zeros(1, dtype=torch.long)
+        groups.append(Group("first", rows[0][start][None], number, normalised(join(aside, reader.width))))
+    return tuple(groups)
 
 
 def _near(
