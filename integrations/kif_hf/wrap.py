@@ -21,6 +21,8 @@ def wrapped(module: nn.Module) -> bool:
 class Wrapped:
     """A module whose forward is `around(self, args, kwargs)` until `restore`; `inner` is the forward it had."""
 
+    suppresses = True  # by this, mining refuses a model under suppression without knowing this room
+
     def __init__(self, module: nn.Module, around: Around, site: int = -1) -> None:
         self.module, self.around, self.site = module, around, site
         self.inner: Callable[..., Any] = module.forward

@@ -5,7 +5,7 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,11 @@ def prepare(
     if (found := _loaded.get(path)) is not None:
         return found
     control = _read(path, site, digest)
+    shipped = shipped_neutral(digest, site)
+    if control is not None and shipped is not None:
+        control = replace(control, neutral=shipped)  # it may be newer than the cache
     if control is None:
+        _check_writable(path)
         with undisturbed(model):
             control = _compute(reader, site, digest, steps, progress or (lambda done, total, what: None))
         _write(path, control)
@@ -103,6 +107,15 @@ def prepare(
 
 
 _loaded: dict[Path, Control] = {}
+
+
+def _check_writable(path: Path) -> None:
+    """Raise MiningError now, not after minutes of reading."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as failure:
+        raise MiningError(f"cannot keep the model's controls in {shown(path.parent)}: {reason(failure)}") from failure
 
 
 def _path(digest: str, site: int, steps: int) -> Path:
@@ -207,9 +220,9 @@ def _write(path: Path, control: Control) -> None:
 
 
 def _read(path: Path, site: int, digest: str) -> Control | None:
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         with safe_open(path, "pt") as file:
             meta = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

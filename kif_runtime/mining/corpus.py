@@ -5,6 +5,8 @@ All of it ships with the package (`data/`), was written for it, and is hashed in
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -66,9 +68,14 @@ def checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def mentions(text: str, forms: Sequence[str]) -> bool:
-    """Whether `text` names the subject under one of its forms, whatever the case."""
-    folded = text.casefold()
-    return any(form.casefold() in folded for form in forms)
+    """Whether `text` names the subject under one of its forms, as whole words and whatever the case."""
+    return re.search("|".join(_whole(form) for form in forms), text, re.IGNORECASE) is not None
+
+
+def _whole(form: str) -> str:
+    """A pattern of the form as whole words; scripts written without spaces have no word boundary to ask for."""
+    spaced = all(unicodedata.east_asian_width(c) not in "WF" for c in form)
+    return rf"(?<!\w){re.escape(form)}(?!\w)" if spaced else re.escape(form)
 
 
 def near_misses(form: str, names: Sequence[str]) -> list[str]:

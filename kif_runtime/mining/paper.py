@@ -53,7 +53,7 @@ def _signature(site: int, about: list[Tensor], others: list[Tensor], general: li
     direction = direction / direction.norm()
     a, b = plus @ direction, minus @ direction
     effect = float((a.mean() - b.mean()) / ((a.var() + b.var()) / 2).sqrt().clamp_min(1e-6))
-    tokens = torch.cat([normalised(x) for x in [*others, *general]])[1:] @ direction
+    tokens = torch.cat([normalised(x[1:]) for x in [*others, *general]]) @ direction  # no sinks
     mean, sigma = float(tokens.mean()), float(tokens.std().clamp_min(1e-6))
     fires = (tokens - mean) / sigma > TAU
     held = torch.cat([normalised(x) for x in about]) @ direction

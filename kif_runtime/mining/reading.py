@@ -1,7 +1,7 @@
 """Reading a model: residual states at a site, next-token distributions, and both under an edit at some tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,15 +53,27 @@ def normalised(x: Tensor) -> Tensor:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode and records no gradients; afterwards each of its modules is in its own mode."""
+    """Inside, the model is in eval mode, records no gradients and uses no adapter; afterwards each module is as it was.
+
+    A capsule belongs to the weights that the fingerprint is of, and adapters do not count there. Raises MiningError
+    where capsules are attached: their edits would be read as the model's own states.
+    """
+    for module in model.modules():
+        if getattr(getattr(module.__dict__.get("forward"), "__self__", None), "suppresses", False):
+            raise MiningError("capsules are attached to the model; detach them before mining")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _without_adapter(model):
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _without_adapter(model: Any) -> AbstractContextManager[Any]:
+    is_peft = hasattr(model, "peft_config") and callable(getattr(model, "disable_adapter", None))
+    return model.disable_adapter() if is_peft else nullcontext()
 
 
 class _Reached(Exception):

@@ -11,9 +11,9 @@ from .neutral import References, bucketed, divergence, move
 from .reading import Batch, Prompt, Reader
 from .subject import Subject
 
-STEPS = 3
+STEPS = 2
 ASKED = 14  # reference templates, the shortest, from which the most telling are chosen
-STEP_SIZE = 0.17  # of the neutral vector's norm
+STEP_SIZE = 0.2  # of the neutral vector's norm
 # Of the kind's reference templates those that tell most about the subject: every third of them is held out.
 TRAINING, HELD_OUT = 6, 3
 

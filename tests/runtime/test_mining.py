@@ -1,5 +1,6 @@
 """Mining from end to end on a tiny random model, with a tokenizer and a corpus to its measure."""
 
+import copy
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -238,7 +240,7 @@ def test_an_interruption_of_the_preparation_leaves_no_file_and_the_model_as_it_w
     with pytest.raises(KeyboardInterrupt):
         mine(half_trained, tiny.tokenizer, NAME, progress=interrupt)
     check_unchanged(half_trained, before)
-    assert not cache.exists()
+    assert not any(p.is_file() for p in cache.rglob("*"))
 
 
 def test_the_first_subject_of_a_model_needs_no_preparation_and_comes_out_the_same(tiny, half_trained, ostia, cache):
@@ -411,7 +413,7 @@ def test_the_published_method_gives_one_soft_signature_of_rank_one(tiny):
     [
         ({"name": ""}, "empty"),
         ({"name": "Ann\nLee"}, "control characters"),
-        ({"name": "e"}, "longer form"),
+        ({"name": "the", "aliases": ["a", "of", "and", "in", "is", "was", "to"]}, "longer form"),
         ({"name": "zq" * 60}, "48"),
         ({"name": "!?"}, "give an id"),
         ({"aliases": [""]}, "empty"),
@@ -596,3 +598,15 @@ def test_a_folder_that_cannot_be_made_is_one_line(tiny, tmp_path):
     with pytest.raises(MiningError, match="cannot make"):
         mine_batch(tiny.model, tiny.tokenizer, requests, requests)
     assert mine_batch(tiny.model, tiny.tokenizer, requests, tmp_path / "out", steps=0).done == [1]
+
+
+def test_a_model_under_suppression_is_not_mined(tiny, ostia):
+    with attach(tiny.model, [ostia]), pytest.raises(MiningError, match="attached"):
+        mine(tiny.model, tiny.tokenizer, NAME, date=DAY)
+    assert mine(tiny.model, tiny.tokenizer, NAME, date=DAY).digest == ostia.digest
+
+
+def test_an_active_adapter_does_not_change_what_is_mined(tiny, ostia):
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(tiny.model), config)
+    assert mine(adapted, tiny.tokenizer, NAME, date=DAY).digest == ostia.digest
