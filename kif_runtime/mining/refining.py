@@ -11,10 +11,12 @@ from .neutral import References, bucketed, divergence, move
 from .reading import Batch, Prompt, Reader
 from .subject import Subject
 
-STEPS = 2
-ASKED = 14  # reference templates, the shortest, from which the most telling are chosen
-STEP_SIZE = 0.2  # of the neutral vector's norm
-# Of the kind's reference templates those that tell most about the subject: every third of them is held out.
+STEPS = 3
+STEP_SIZE = 0.17  # of the neutral vector's norm
+# Reference templates that are asked about the subject, first those that begin with the name: there its own first token
+# cannot be suppressed, and most is kept.
+ASKED = 10
+# Of these, those that tell most about the subject: every third of them is held out.
 TRAINING, HELD_OUT = 6, 3
 
 
@@ -111,12 +113,14 @@ def _unit(x: Tensor) -> Tensor:
 def _ask(reader: Reader, control: Control, subject: Subject) -> tuple[_Asked, Tensor]:
     """The kind's reference templates for the subject, and KL(prior ‖ before) of each."""
     known: References = control.known[subject.kind]
-    prompts = [Prompt.of(t, subject.forms[0]) for t in known.templates[:ASKED]]
+    numbers = sorted(range(len(known.templates)), key=lambda t: not known.templates[t].startswith("{}"))[:ASKED]
+    prompts = [Prompt.of(known.templates[t], subject.forms[0]) for t in numbers]
     batch = reader.encode([p.text for p in prompts])
     places = torch.tensor([s[-1] for s in reader.name_tokens(prompts)])
     log_probs = reader.next_token(batch)
     same: Sequence[int] = [n for n, name in enumerate(known.names) if name in subject.forms]
-    priors = torch.stack([known.prior(t, int(log_probs[t].argmax()), same) for t in range(len(prompts))])
-    tokens = known.tokens[: len(prompts)]
+    answers = log_probs.argmax(-1).tolist()
+    priors = torch.stack([known.prior(t, a, same) for t, a in zip(numbers, answers, strict=True)])
+    tokens = known.tokens[numbers]
     before = divergence(priors, bucketed(log_probs, tokens))
     return _Asked(reader, control.site, batch, places, priors, tokens), before
