@@ -218,7 +218,7 @@ def graphs():
 @pytest.mark.parametrize(
     ("family", "backend"),
     [
-        ("llama", "eager"),
+        pytest.param("llama", "eager", marks=pytest.mark.slow),
         *(pytest.param(f, "aot_eager", marks=pytest.mark.slow) for f in ("gpt2", "gemma3_text", "falcon")),
     ],
 )
