@@ -61,3 +61,16 @@ class PackedSite:
     def write_set(self, row: int, ids: Iterable[str]) -> None:
         slots = torch.tensor(self.slots(ids), dtype=torch.int32)
         self.tensors.sets[row].fill_(-1)[: len(slots)] = slots
+
+
+def packed(signatures: Sequence[Signature], device: torch.device | str = "cpu") -> SiteTensors:
+    """Signatures of one site as one capsule set, row 0, in the order given."""
+    count, rank = len(signatures), max(s.rank for s in signatures)
+    width = signatures[0].detector.shape[0]
+    tensors = SiteTensors.empty(width=width, signatures=count, rank=rank, rows=1, set_length=count, device=device)
+    site = PackedSite(tensors)
+    for number, signature in enumerate(signatures):
+        site.put(("", number), 0, signature)
+    site.set_biases([float(s.bias) for s in signatures])
+    site.write_set(0, [""])
+    return tensors

@@ -17,7 +17,7 @@ from .fisher import mine_fisher, names_in_common
 from .paper import mine_paper
 from .reading import Reader, undisturbed
 from .refining import STEP_SIZE, STEPS
-from .subject import Subject, checked_forms, read_subject
+from .subject import Subject, checked_forms, find_subject
 
 METHODS = ("fisher", "kif-paper")
 FEWEST_CONTROLS = 8
@@ -60,7 +60,7 @@ def mine(
         control = prepare(model, tokenizer, site=site, progress=progress)
         _check_negatives(control, forms)
         reader = Reader(model, tokenizer)
-        subject = read_subject(reader, control, forms, kind, prompts, controls)
+        subject = find_subject(reader, control, forms, kind, prompts, controls)
         if method == "kif-paper":
             signatures: tuple[Signature, ...] = (mine_paper(reader, control, subject),)
             kept, near = None, None
@@ -98,7 +98,8 @@ def _check_lists(**lists: Sequence[str] | None) -> None:
 
 
 def _check_negatives(control: Control, forms: Sequence[str]) -> None:
-    shares = [n.float().mean() for n in (control.negatives(forms), control.opening_negatives(forms))]
+    texts = [control.text, control.opening.text, *([control.early.text] if control.early else [])]
+    shares = [control.silent(text, forms).float().mean() for text in texts]
     if min(shares) < FEWEST_NEGATIVES:
         raise MiningError("the name, or an alias, is part of nearly every text; give a longer form of it")
 

@@ -20,15 +20,35 @@ from ..fingerprint import fingerprint
 from ..models import cache_folder
 from . import neutral as neutral_
 from .corpus import ANY, Corpus, Entity, corpus, mentions
+from .kinds import Kinds, learn_kinds
 from .reading import Prompt, Reader, normalised, undisturbed
+from .repeated import repeated
 
 Progress = Callable[[int, int, str], None]
 # Later blocks make the first token an attention sink with massive activations, in which a name can no longer be seen.
 OPENING_SITE = 0
-RECIPE = 3  # raise it when what is cached changes meaning
+RECIPE = 6  # raise it when what is cached changes meaning
+
+_TWICE = 4  # every so many entities are read in a text that names them twice, too
 
 # The embedded model's neutral direction ships, since learning it well takes long; `bench/neutral.py` makes it anew.
 SHIPPED = Path(__file__).parent / "data" / "neutral.safetensors"
+
+
+@dataclass(frozen=True)
+class Level:
+    """Control states at one more site, of every second text.
+
+    states [N, D] fp16: RMS-normalised. text [N]: which text each is of. mean [D], scatter [D, D]: of the states. usual
+    [D]: the mean state, not normalised, of the tokens that are moved there.
+    """
+
+    site: int
+    states: Tensor
+    text: Tensor
+    mean: Tensor
+    scatter: Tensor
+    usual: Tensor
 
 
 @dataclass(frozen=True)
@@ -37,8 +57,8 @@ class Control:
 
     states [N, D] fp16: RMS-normalised states of every token of the control texts. text [N]: which text each is of.
     last [N]: it is the last token of its entity's name. entity [texts]: the number of that entity, or −1. mean [D],
-    scatter [D, D]: of the states. raw_mean [D]: of last tokens, not normalised. neutral [D]. opening [P, D] fp16,
-    opening_text [P]: as states and text, at OPENING_SITE. opening_mean [D]: of first tokens there, not normalised.
+    scatter [D, D]: of the states. raw_mean [D]: of last tokens, not normalised. neutral [D]. opening: OPENING_SITE, for
+    first tokens. early: early_site, for later tokens of names; None where the site is 0. kinds: to tell a name's kind.
     known: reference answers by kind.
     """
 
@@ -53,27 +73,25 @@ class Control:
     scatter: Tensor
     raw_mean: Tensor
     neutral: Tensor
-    opening: Tensor
-    opening_text: Tensor
-    opening_mean: Tensor
+    opening: Level
+    early: Level | None
+    kinds: Kinds
     known: dict[str, neutral_.References]
     entities: tuple[Entity, ...]
 
-    def negatives(self, forms: Sequence[str]) -> Tensor:
-        """Rows whose text does not name the subject, and is not about an entity whose name is part of the subject's."""
-        return ~self._naming(forms)[self.text]
-
-    def opening_negatives(self, forms: Sequence[str]) -> Tensor:
-        """The same for `opening`."""
-        return ~self._naming(forms)[self.opening_text]
-
-    def _naming(self, forms: Sequence[str]) -> Tensor:
-        return torch.tensor([mentions(t, forms) for t in self.texts])
+    def silent(self, text: Tensor, forms: Sequence[str]) -> Tensor:
+        """Which rows of `text` are of a text that does not name the subject: those are its negatives."""
+        return ~torch.tensor([mentions(t, forms) for t in self.texts])[text]
 
 
 def default_site(blocks: int) -> int:
     """A tenth of the way up: the name's tokens have met, and what is known of them is not yet spread."""
     return max(1, round(0.1 * blocks))
+
+
+def early_site(site: int) -> int:
+    """Half way to the site: a token knows those before it, and nobody has yet read what is known of it."""
+    return site // 2
 
 
 def prepare(
@@ -126,10 +144,10 @@ def _path(digest: str, site: int, steps: int) -> Path:
 def _compute(reader: Reader, site: int, digest: str, steps: int, progress: Progress) -> Control:
     data = corpus()
     rng = random.Random(0)
-    prompts, about = _control_prompts(data, rng)
+    prompts, about = _control_prompts(data, repeated(reader.tokenizer), rng)
     texts = tuple(p.text for p in prompts) + data.passages
     shipped = shipped_neutral(digest, site)
-    total = len(texts) + 100 * len(data.kinds) + (0 if shipped is not None else 50 * steps)
+    total = len(texts) + len(data.entities) // 2 + 100 * len(data.kinds) + (0 if shipped is not None else 50 * steps)
     done = 0
 
     def advance(count: int, what: str) -> None:
@@ -144,15 +162,15 @@ def _compute(reader: Reader, site: int, digest: str, steps: int, progress: Progr
     stacked = torch.cat(raw)
     states = normalised(stacked)
     mean = states.mean(0)
+    kinds = learn_kinds(reader, data, tick=lambda n: advance(n, "telling kinds apart"))
     known = {}
     for kind in data.kinds:
         known[kind] = neutral_.references(reader, data, kind, rng)
         advance(100, "reading reference answers")
-    early = reader.states(texts, OPENING_SITE)
     lead = reader.leading_tokens
-    opening = normalised(torch.cat(early[::2]))
-    opening_text = torch.cat([torch.full((len(early[i]),), i) for i in range(0, len(early), 2)])
-    opening_mean = torch.stack([x[lead] for x in early[: len(prompts)]]).mean(0)
+    opening = _level(reader, texts, OPENING_SITE, [[(i, lead)] for i in range(len(prompts))])
+    later = [[(i, q) for q in span[1:]] for i, span in enumerate(spans)]
+    early = _level(reader, texts, early_site(site), later) if site > 0 else None
     raw_last = stacked[last]
     vector = shipped
     if vector is None:
@@ -163,16 +181,30 @@ def _compute(reader: Reader, site: int, digest: str, steps: int, progress: Progr
     return Control(
         site, digest, texts, states.half(), text, last, torch.tensor([*about, *([-1] * len(data.passages))]),
         mean, (states - mean).T @ (states - mean) / len(states), raw_last.mean(0), vector,
-        opening.half(), opening_text, opening_mean, known, data.entities,
+        opening, early, kinds, known, data.entities,
     )  # fmt: skip
 
 
-def _control_prompts(data: Corpus, rng: random.Random) -> tuple[list[Prompt], list[int]]:
-    """Two texts about every entity: a template for anything, and one for its kind."""
+def _level(reader: Reader, texts: Sequence[str], site: int, wanted: Sequence[Sequence[tuple[int, int]]]) -> Level:
+    """Every second text at `site`; `usual` is the mean over the `wanted` (text, position) of these texts."""
+    chosen = range(0, len(texts), 2)
+    rows = dict(zip(chosen, reader.states([texts[i] for i in chosen], site), strict=True))
+    states = normalised(torch.cat(list(rows.values())))
+    text = torch.cat([torch.full((len(x),), i) for i, x in rows.items()])
+    usual = torch.stack([rows[i][q] for places in wanted for i, q in places if i in rows]).mean(0)
+    away = states - states.mean(0)
+    return Level(site, states.half(), text, states.mean(0), away.T @ away / len(states), usual)
+
+
+def _control_prompts(data: Corpus, twice: Sequence[str], rng: random.Random) -> tuple[list[Prompt], list[int]]:
+    """About every entity a template for anything and one for its kind; about some, a text that names it twice."""
     prompts, about = [], []
     for number, entity in enumerate(data.entities):
         for templates in (data.templates[ANY], data.templates[entity.kind]):
             prompts.append(Prompt.of(rng.choice(templates), entity.name))
+            about.append(number)
+        if number % _TWICE == 0:
+            prompts.append(Prompt.of(twice[number // _TWICE % len(twice)], entity.name, mention=1))
             about.append(number)
     return prompts, about
 
@@ -194,15 +226,19 @@ def shipped_neutral(digest: str, site: int) -> Tensor | None:
 
 
 _TENSORS = ("states", "text", "last", "entity", "mean", "scatter", "raw_mean", "neutral")
-_OPENING = ("opening", "opening_text", "opening_mean")
+_LEVEL = ("states", "text", "mean", "scatter", "usual")
 
 
 def _write(path: Path, control: Control) -> None:
-    tensors = {name: getattr(control, name).contiguous() for name in (*_TENSORS, *_OPENING)}
+    tensors = {name: getattr(control, name) for name in _TENSORS}
+    levels = {"opening": control.opening} | ({"early": control.early} if control.early else {})
+    tensors |= {f"{level}.{name}": getattr(at, name) for level, at in levels.items() for name in _LEVEL}
     for kind, r in control.known.items():
         tensors |= {f"{kind}.tokens": r.tokens, f"{kind}.probs": r.probs, f"{kind}.answers": r.answers}
+    tensors |= {"kinds.weights": control.kinds.weights, "kinds.bias": control.kinds.bias}
     known = {kind: {"templates": r.templates, "names": r.names} for kind, r in control.known.items()}
-    meta = {"texts": json.dumps(control.texts), "known": json.dumps(known)}
+    kinds = {"site": control.kinds.site, "names": control.kinds.names}
+    meta = {"texts": json.dumps(control.texts), "known": json.dumps(known), "kinds": json.dumps(kinds)}
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +270,15 @@ def _read(path: Path, site: int, digest: str) -> Control | None:
             )
             for kind, k in json.loads(meta["known"]).items()
         }
-        main = {name: tensors[name] for name in (*_TENSORS, *_OPENING)}
+        kinds = json.loads(meta["kinds"])
+        main: dict[str, Any] = {name: tensors[name] for name in _TENSORS}
+        main["opening"] = _read_level(tensors, "opening", OPENING_SITE)
+        main["early"] = _read_level(tensors, "early", early_site(site)) if site > 0 else None
+        main["kinds"] = Kinds(kinds["site"], tuple(kinds["names"]), tensors["kinds.weights"], tensors["kinds.bias"])
         return Control(site, digest, tuple(json.loads(meta["texts"])), known=known, entities=corpus().entities, **main)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None  # damaged: it is only a cache
+
+
+def _read_level(tensors: dict[str, Tensor], level: str, site: int) -> Level:
+    return Level(site, **{name: tensors[f"{level}.{name}"] for name in _LEVEL})

@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from ..calibration import tail_rate, tail_score
+from ..capsule import Signature
 
 RIDGE = 0.03
 HARD, HARD_ROUNDS = 64, 2
@@ -90,8 +91,8 @@ def decide(detector: Detector, held_out: Tensor, negatives: Tensor, near: Tensor
 
     Where that floor is over the weakest positive, it falls, down to MOST_FALSE_FIRES.
 
-    From that floor it goes a quarter of the way to the weakest held-out positive: contexts differ more than templates
-    do. held_out [H, D], negatives [N, D], near [M, D] are RMS-normalised states.
+    From that floor it goes a tenth of the way to the weakest held-out positive, no further: contexts differ more than
+    templates do. held_out [H, D], negatives [N, D], near [M, D] are RMS-normalised states.
     """
     background, hits = detector.scores(negatives), detector.scores(held_out).sort().values
     tail = fit_tail(background)
@@ -104,7 +105,7 @@ def decide(detector: Detector, held_out: Tensor, negatives: Tensor, near: Tensor
     close = detector.scores(near) if len(near) else background[:0]
     if len(close):
         floor = max(floor, min(float(close.max()), 0.5 * (floor + weakest)))
-    threshold = floor + 0.25 * max(0.0, weakest - floor)
+    threshold = floor + 0.1 * max(0.0, weakest - floor)
     moved = tail | {"threshold": tail["threshold"] - threshold}
     quantiles = torch.quantile(hits.double(), torch.linspace(0, 1, min(33, len(hits))).double()) - threshold
     counted = float((background > threshold).float().mean())
@@ -118,6 +119,27 @@ def decide(detector: Detector, held_out: Tensor, negatives: Tensor, near: Tensor
     }
     near_rate = float((close > threshold).float().mean()) if len(close) else 0.0
     return Decision(detector.lowered(threshold), calibration, near_rate)
+
+
+def signature(site: int, role: str, decision: Decision, basis: Tensor, target: Tensor) -> Signature:
+    """A hard-gated signature of full strength; basis [r, D] orthonormal, target [r]."""
+    return Signature(
+        site=site,
+        role=role,
+        detector=decision.detector.weight.float().contiguous(),
+        bias=torch.tensor(decision.detector.bias, dtype=torch.float32),
+        basis=basis.float().contiguous(),
+        target=target.float().contiguous(),
+        strength=torch.tensor(1.0),
+        calibration=decision.calibration,
+    )
+
+
+def rank_one(site: int, role: str, decision: Decision, state: Tensor, usual: Tensor) -> Signature:
+    """The signature that moves `state` [D] onto `usual` [D]: one row, along their difference."""
+    gap = state - usual
+    row = (gap / gap.norm().clamp_min(1e-12))[None]
+    return signature(site, role, decision, row, row @ usual)
 
 
 def join(states: Sequence[Tensor], width: int) -> Tensor:

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kif_kernels import suppress
+
 from ..blocks import decoder_blocks, unwrapped, width
+from ..capsule import Signature
 from ..errors import MiningError
+from ..packing import packed
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -23,8 +27,10 @@ class Prompt:
     start: int
 
     @classmethod
-    def of(cls, template: str, name: str) -> "Prompt":
-        return cls(template.replace("{}", name), name, template.index("{}"))
+    def of(cls, template: str, name: str, mention: int = 0) -> "Prompt":
+        """The template with the name wherever it has `{}`; `start` is that of the given mention."""
+        parts = template.split("{}")
+        return cls(name.join(parts), name, len(name.join([*parts[: mention + 1], ""])) - len(name))
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,16 @@ class Reader:
                 tick(len(chosen))
         return [x for x in out if x is not None]
 
+    def ends(self, rows: Sequence[Sequence[int]], site: int) -> Tensor:
+        """[N, D]: residual states at `site` of the last token of each row of token ids."""
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        state = self._state(Batch(ids, mask, ids.new_zeros(*ids.shape, 2)), site)
+        return state[torch.arange(len(rows)), lengths - 1]
+
     def name_tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The positions of the name's tokens in each prompt. Raises MiningError where the name leaves no token."""
         batch = self.encode([p.text for p in prompts])
@@ -159,6 +175,20 @@ class Reader:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def suppressing(self, signatures: Sequence[Signature]) -> Iterator[None]:
+        """Inside, these signatures of one site are applied to every token, by the operator that serves."""
+        if not signatures:
+            yield
+            return
+        site = packed(signatures, self.device)
+
+        def edit(x: Tensor) -> Tensor:
+            return suppress(x, torch.zeros(x.shape[0], dtype=torch.int32, device=x.device), site)
+
+        with self.edited(signatures[0].site, edit):
+            yield
 
     @torch.no_grad()
     def _state(self, batch: Batch, site: int) -> Tensor:

@@ -1,6 +1,5 @@
 """Refining the neutral direction for one subject by a few gradient steps, validated on templates held out."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,20 +64,22 @@ class _Asked:
             return divergence(self.priors, bucketed(self.reader.next_token(self.batch), self.tokens))
 
 
-def refine(reader: Reader, control: Control, subject: Subject, steps: int = STEPS) -> Refined:
+def refine(reader: Reader, control: Control, subject: Subject, last: Tensor, steps: int = STEPS) -> Refined:
     """Normalised gradient steps with momentum on KL to the prior, from the neutral direction; the best one stays.
 
-    `steps` = 0 takes the neutral direction as it is and asks the model nothing, for mining in bulk.
+    last [P, D]: states of the name's last token, not normalised. `steps` = 0 takes the neutral direction as it is and
+    asks the model nothing, for mining in bulk.
     """
-    row = _difference(control, subject)
+    row = _difference(control, last)
     target = row @ control.raw_mean
     vector = control.neutral - row.T @ (row @ control.neutral)
     if steps == 0:
         return Refined(vector, row, target, None)
     asked, before = _ask(reader, control, subject)
     telling = before.argsort(descending=True)[: TRAINING + HELD_OUT]
+    asked, before = asked.take(telling), before[telling]
     out = torch.arange(len(telling)) % 3 == 2
-    training, held = asked.take(telling[~out]), asked.take(telling[out])
+    training = asked.take((~out).nonzero()[:, 0])
     size = STEP_SIZE * float(vector.norm())
     best, least = vector, float("inf")
     velocity = torch.zeros_like(vector)
@@ -87,20 +88,20 @@ def refine(reader: Reader, control: Control, subject: Subject, steps: int = STEP
         with torch.enable_grad():
             loss = training.loss(vector, row, target).mean()
             (slope,) = torch.autograd.grad(loss, vector)
-        if float(loss) < least:
-            best, least = vector.detach(), float(loss)
+        if loss.item() < least:
+            best, least = vector.detach(), loss.item()
         velocity = 0.5 * velocity + _unit(slope - row.T @ (row @ slope))
         vector = vector.detach() - size * (1 - step / steps) * _unit(velocity)
     with torch.no_grad():
-        if float(training.loss(vector, row, target).mean()) < least:
-            best = vector
-        after = held.loss(best, row, target)
-    return Refined(best, row, target, float(after.sum() / before[telling[out]].sum().clamp_min(1e-6)))
+        after = asked.loss(vector, row, target)
+        if after[~out].mean() >= least:
+            vector, after = best, asked.loss(best, row, target)
+    return Refined(vector, row, target, float(after[out].sum() / before[out].sum().clamp_min(1e-6)))
 
 
-def _difference(control: Control, subject: Subject) -> Tensor:
+def _difference(control: Control, last: Tensor) -> Tensor:
     """The unit row [1, D] from the controls' mean last token to the subject's, orthogonal to the neutral direction."""
-    gap = torch.cat([g.raw for g in subject.groups if g.role == "last"]).mean(0) - control.raw_mean
+    gap = last.mean(0) - control.raw_mean
     unit = _unit(control.neutral)
     return _unit(gap - (gap @ unit) * unit)[None]
 
@@ -111,16 +112,34 @@ def _unit(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _ask(reader: Reader, control: Control, subject: Subject) -> tuple[_Asked, Tensor]:
-    """The kind's reference templates for the subject, and KL(prior ‖ before) of each."""
-    known: References = control.known[subject.kind]
-    numbers = sorted(range(len(known.templates)), key=lambda t: not known.templates[t].startswith("{}"))[:ASKED]
-    prompts = [Prompt.of(known.templates[t], subject.forms[0]) for t in numbers]
+    """Reference templates of the subject's likely kinds, asked about it, and KL(prior ‖ before) of each."""
+    chosen, prompts, places = _templates(reader, control, subject)
     batch = reader.encode([p.text for p in prompts])
-    places = torch.tensor([s[-1] for s in reader.name_tokens(prompts)])
     log_probs = reader.next_token(batch)
-    same: Sequence[int] = [n for n, name in enumerate(known.names) if name in subject.forms]
     answers = log_probs.argmax(-1).tolist()
-    priors = torch.stack([known.prior(t, a, same) for t, a in zip(numbers, answers, strict=True)])
-    tokens = known.tokens[numbers]
+    priors = torch.stack([
+        known.prior(t, answer, [n for n, name in enumerate(known.names) if name in subject.forms])
+        for (known, t), answer in zip(chosen, answers, strict=True)
+    ])  # fmt: skip
+    tokens = torch.stack([known.tokens[t] for known, t in chosen])
     before = divergence(priors, bucketed(log_probs, tokens))
-    return _Asked(reader, control.site, batch, places, priors, tokens), before
+    return _Asked(reader, control.site, batch, torch.tensor(places), priors, tokens), before
+
+
+def _templates(
+    reader: Reader, control: Control, subject: Subject
+) -> tuple[list[tuple[References, int]], list[Prompt], list[int]]:
+    """ASKED templates with their prompts and last name tokens, taken in turn from each likely kind.
+
+    Of each kind first those that begin with the name, unless its last token would open the sequence.
+    """
+    ordered = []
+    for kind in subject.kinds:
+        known = control.known[kind]
+        numbers = sorted(range(len(known.templates)), key=lambda t: not known.templates[t].startswith("{}"))
+        ordered.append([(known, t) for t in numbers])
+    turns = [pair for turn in zip(*ordered, strict=False) for pair in turn]
+    prompts = [Prompt.of(known.templates[t], subject.forms[0]) for known, t in turns]
+    places = [span[-1] for span in reader.name_tokens(prompts)]
+    fit = [i for i, place in enumerate(places) if place > reader.leading_tokens][:ASKED]
+    return [turns[i] for i in fit], [prompts[i] for i in fit], [places[i] for i in fit]

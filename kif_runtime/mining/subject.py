@@ -1,4 +1,4 @@
-"""The subject's side of mining: its forms, the prompts that name it, and the states read from them."""
+"""The subject's side of mining: its forms, the prompts that mention it, and the states read from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..errors import MiningError
 from .control import OPENING_SITE, Control
-from .corpus import ANY, Corpus, checked_templates, corpus, near_misses
+from .corpus import ANY, checked_templates, corpus, near_misses
 from .detector import join
 from .reading import Prompt, Reader, normalised
+from .repeated import repeated
 
 LONGEST_NAME = 48  # tokens
 _ANY_TEMPLATES = 24
@@ -21,17 +22,15 @@ _PARTNERS = 10  # entities whose words are joined with the subject's for near mi
 
 @dataclass(frozen=True)
 class Group:
-    """Prompts whose name ends in the same kind of token, so that one detector may do for them.
+    """Mentions in which one detector has the same kind of token to recognise.
 
-    raw [P, D]: residual states of the name's last token. number [P]: each prompt's template, for holding some out.
-    role: `last`, or `first` where the whole name is the sequence's first token; that is read at OPENING_SITE.
-    aside [M, D]: for `first`, what must not fire: RMS-normalised states of the name elsewhere and of tokens around it.
+    raw [P, D]: residual states of that token. number [P]: each prompt's template, for holding some out.
+    aside [M, D]: what must not fire although it is close, RMS-normalised.
     """
 
-    role: str
     raw: Tensor
     number: Tensor
-    aside: Tensor | None = None
+    aside: Tensor
 
     @property
     def states(self) -> Tensor:
@@ -47,12 +46,34 @@ class Group:
 
 @dataclass(frozen=True)
 class Subject:
-    """What was read about the subject: groups of positives, and near misses [M, D], RMS-normalised."""
+    """Who is meant, and the prompts that mention them.
+
+    forms: the name, then its aliases. kinds: what it may be, likeliest first. prompts [P], the number of each one's
+    template, and spans [P]: the positions of the name's tokens. near: texts about names that share its words.
+    """
 
     forms: tuple[str, ...]
-    kind: str
-    groups: tuple[Group, ...]
-    near: Tensor
+    kinds: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
+    number: Tensor
+    spans: tuple[tuple[int, ...], ...]
+    near: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.kinds[0]
+
+    def read(self, reader: Reader, site: int) -> list[Tensor]:
+        """For each prompt, the states [T, D] at `site`; a text that mentions the subject twice is read once."""
+        texts = list(dict.fromkeys(p.text for p in self.prompts))
+        rows = dict(zip(texts, reader.states(texts, site), strict=True))
+        return [rows[p.text] for p in self.prompts]
+
+    def read_near(self, reader: Reader, site: int, rows: Sequence[Tensor]) -> Tensor:
+        """[M, D], RMS-normalised: states that must not fire although they are close, near misses and the words before
+        the name in `rows`, which `read` gave."""
+        before = [x[: span[0]] for x, span in zip(rows, self.spans, strict=True)]
+        return normalised(join([*reader.states(self.near, site), *before], reader.width))
 
 
 def checked_forms(name: str, aliases: Sequence[str]) -> tuple[str, ...]:
@@ -67,90 +88,66 @@ def checked_forms(name: str, aliases: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(forms))
 
 
-def read_subject(
+def find_subject(
     reader: Reader, control: Control, forms: tuple[str, ...], kind: str | None, prompts: Sequence[str] | None,
     controls: Sequence[str] | None,
 ) -> Subject:  # fmt: skip
-    """Read the subject and its near misses at the control's site; find its kind where none is given."""
+    """Choose the prompts that mention the subject; find its kind where none is given."""
     data = corpus()
     if kind is not None and kind not in data.kinds:
         raise MiningError(f"kind {kind!r} is not known; choose one of {', '.join(data.kinds)}, or give none")
     # Own prompts count once each: some are held out from the others.
     own = checked_templates(list(dict.fromkeys(prompts))) if prompts is not None else None
-    general = own or data.templates[ANY][:_ANY_TEMPLATES]
-    made = [(t, Prompt.of(t, form)) for form in forms for t in general]
-    raw, spans = _read(reader, control.site, [p for _, p in made])
-    if kind is None:
-        kind = nearest_kind(control, normalised(torch.stack([x[s[-1]] for x, s in zip(raw, spans, strict=True)])))
-    if prompts is None:
-        more = [(t, Prompt.of(t, form)) for form in forms for t in data.templates[kind]]
-        more_raw, more_spans = _read(reader, control.site, [p for _, p in more])
-        made, raw, spans = made + more, raw + more_raw, spans + more_spans
-    groups = _grouped(made, raw, spans, reader.leading_tokens) + _opening(reader, data, forms)
-    return Subject(forms, kind, groups, _near(reader, control, data, forms, made, raw, spans, controls))
-
-
-def nearest_kind(control: Control, states: Tensor) -> str:
-    """The kind whose controls' last name tokens lie nearest, by linear discriminants on the mean state."""
-    about = control.entity[control.text[control.last]]
-    kinds = [control.entities[i].kind for i in about.tolist()]
-    points = control.states[control.last].float()
-    names = sorted(set(kinds))
-    means = torch.stack([points[torch.tensor([k == name for k in kinds])].mean(0) for name in names])
-    ridge = 0.1 * control.scatter.diagonal().mean() * torch.eye(points.shape[1])
-    weights = torch.linalg.solve(control.scatter + ridge, (means - control.mean).T)
-    values = (states.mean(0) - control.mean) @ weights - 0.5 * ((means - control.mean).T * weights).sum(0)
-    return names[int(values.argmax())]
-
-
-def _read(reader: Reader, site: int, prompts: Sequence[Prompt]) -> tuple[list[Tensor], list[list[int]]]:
-    spans = reader.name_tokens(prompts)
-    longest = max(len(s) for s in spans)
+    made = [Prompt.of("{}", form) for form in forms]
+    longest = max(len(span) for span in reader.name_tokens(made))
     if longest > LONGEST_NAME:
         raise MiningError(f"the name is {longest} tokens long, over the {LONGEST_NAME} KIF mines; give a shorter form")
-    return reader.states([p.text for p in prompts], site), spans
+    kinds = (kind,) if kind is not None else control.kinds.likely(reader, forms[0])
+    templates = own or (*data.templates[ANY][:_ANY_TEMPLATES], *data.templates[kinds[0]])
+    templates = tuple(dict.fromkeys((*templates, *repeated(reader.tokenizer))))
+    mentions = [(n, t, i) for n, t in enumerate(templates) for i in range(t.count("{}"))]
+    made = [Prompt.of(t, form, i) for form in forms for _, t, i in mentions]
+    number = torch.tensor([n for _ in forms for n, _, _ in mentions])
+    spans = tuple(tuple(s) for s in reader.name_tokens(made))
+    return Subject(forms, kinds, tuple(made), number, spans, _near(forms, controls))
 
 
-def _grouped(
-    made: Sequence[tuple[str, Prompt]], raw: Sequence[Tensor], spans: Sequence[list[int]], start: int
-) -> tuple[Group, ...]:
-    """One group for each form's last token, apart from names whose only token opens the sequence."""
-    numbers = {t: i for i, t in enumerate(dict.fromkeys(t for t, _ in made))}
+def last_groups(reader: Reader, control: Control, subject: Subject) -> list[Group]:
+    """One group for each form's last token at the control's site, apart from tokens that open the sequence."""
+    rows = subject.read(reader, control.site)
+    near = subject.read_near(reader, control.site, rows)
     found: dict[str, list[int]] = {}
-    for i, ((_, prompt), span) in enumerate(zip(made, spans, strict=True)):
-        if span[-1] > start:
+    for i, (prompt, span) in enumerate(zip(subject.prompts, subject.spans, strict=True)):
+        if span[-1] > reader.leading_tokens:
             found.setdefault(prompt.name, []).append(i)
-    return tuple(
-        Group(
-            "last",
-            torch.stack([raw[i][spans[i][-1]] for i in chosen]),
-            torch.tensor([numbers[made[i][0]] for i in chosen]),
-        )
+    return [
+        Group(torch.stack([rows[i][subject.spans[i][-1]] for i in chosen]), subject.number[chosen], near)
         for chosen in found.values()
-    )
+    ]
 
 
-def _opening(reader: Reader, data: Corpus, forms: Sequence[str]) -> tuple[Group, ...]:
-    """A group for each form that is one token at the start of a sequence: one state, since nothing comes before it."""
+def opening_groups(reader: Reader, subject: Subject) -> list[Group]:
+    """For each form that is one token at the start of a sequence, its state there: one, as nothing comes before it.
+
+    Aside are the name elsewhere and the tokens around it: what another signature sees must not be changed before.
+    """
     start = reader.leading_tokens
     groups = []
-    for form in forms:
-        prompts = [Prompt.of(t, form) for t in ("{} is", *_ELSEWHERE, *data.templates[ANY])]
+    for form in subject.forms:
+        prompts = [Prompt.of(t, form) for t in ("{} is", *_ELSEWHERE, *corpus().templates[ANY])]
         spans = reader.name_tokens(prompts)
         if spans[0][-1] != start:
             continue
         rows = reader.states([p.text for p in prompts], OPENING_SITE)
         aside = [x[start + 1 :] if span[0] == start else x for x, span in zip(rows, spans, strict=True)]
         number = torch.zeros(1, dtype=torch.long)
-        groups.append(Group("first", rows[0][start][None], number, normalised(join(aside, reader.width))))
-    return tuple(groups)
+        groups.append(Group(rows[0][start][None], number, normalised(join(aside, reader.width))))
+    return groups
 
 
-def _near(
-    reader: Reader, control: Control, data: Corpus, forms: Sequence[str], made: Sequence[tuple[str, Prompt]],
-    raw: Sequence[Tensor], spans: Sequence[list[int]], controls: Sequence[str] | None,
-) -> Tensor:  # fmt: skip
-    """States that must not fire although they are close: near-miss names, given controls, words before the name."""
+def _near(forms: Sequence[str], controls: Sequence[str] | None) -> tuple[str, ...]:
+    """Texts about names that share words with the subject's, and about the controls that the user gave."""
+    data = corpus()
     step = max(1, len(data.entities) // _PARTNERS)
     others = [e.name for e in data.entities[step // 2 :: step]]
     # A part of one form may be another form, or end in one; a control given by the user may hold the name on purpose.
@@ -158,10 +155,7 @@ def _near(
     same = {form.casefold() for form in forms}
     names = list(dict.fromkeys([*names, *(c for c in controls or () if c.casefold() not in same)]))
     templates = data.templates[ANY]
-    texts = [templates[i % len(templates)].replace("{}", n) for i, n in enumerate(names)]
-    rows = [x for x in reader.states(texts, control.site)] if texts else []
-    before = [x[: span[0]] for x, span in zip(raw, spans, strict=True)]
-    return normalised(join([*rows, *before], reader.width))
+    return tuple(templates[i % len(templates)].replace("{}", n) for i, n in enumerate(names))
 
 
 def _holds(name: str, forms: Sequence[str]) -> bool:

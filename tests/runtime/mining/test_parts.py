@@ -13,7 +13,10 @@ from kif_runtime import CapsuleBank, MiningError
 from kif_runtime.calibration import tail_rate
 from kif_runtime.mining.corpus import checked_templates, corpus, mentions, near_misses
 from kif_runtime.mining.detector import Detector, decide, fisher, fit_tail
+from kif_runtime.mining.kinds import discriminants
 from kif_runtime.mining.neutral import References, bucketed, divergence, move
+from kif_runtime.mining.reading import Prompt
+from kif_runtime.mining.repeated import repeated
 from kif_runtime.mining.subject import checked_forms
 from tests.capsules import capsule, signature
 
@@ -164,6 +167,49 @@ def test_names_that_cannot_be_mined_are_refused_in_one_line(name):
 def test_unusable_prompts_are_refused(templates):
     with pytest.raises(MiningError, match="prompt"):
         checked_templates(templates)
+
+
+@pytest.mark.parametrize("start", ["", "<s>"])
+def test_chats_name_the_subject_twice_and_begin_with_what_the_tokenizer_does_not_add(start):
+    told = []
+
+    class Chatty:
+        chat_template, bos_token, bos_token_id = "given", "<s>", 1
+
+        def __call__(self, text):
+            return {"input_ids": [1] if start else []}
+
+        def apply_chat_template(self, turns, *, tokenize, add_generation_prompt):
+            told.append((turns, tokenize, add_generation_prompt))
+            return f"<s>[{turns[0]['role']}] {turns[0]['content']} [answer] "
+
+    made = repeated(Chatty())
+    silent = Chatty()
+    silent.chat_template = None
+    chats = [text for text in made if text not in repeated(silent)]
+    assert len(chats) >= 3 and all(text.count("{}") >= 2 for text in made)
+    assert all(text.startswith("[user]" if start else "<s>[user]") for text in chats)
+    assert all(len(turns) == 1 and not tokenize and opened for turns, tokenize, opened in told)
+
+
+def test_each_mention_of_a_template_is_placed():
+    first, second = (Prompt.of("Of {}: {} is", "Ann Lee", i) for i in (0, 1))
+    assert first.text == second.text == "Of Ann Lee: Ann Lee is"
+    assert (first.start, second.start) == (3, 12)
+
+
+def test_kinds_are_told_by_the_discriminants_that_scikit_learn_finds(monkeypatch):
+    monkeypatch.setattr("kif_runtime.mining.kinds._RIDGE", 0.0)
+    draw = torch.Generator().manual_seed(0)
+    names = ("place", "person", "work")
+    number = torch.arange(240) % 3
+    mix = torch.randn(5, 5, generator=draw)
+    points = torch.randn(240, 5, generator=draw) @ mix + torch.randn(3, 5, generator=draw)[number] * 2
+    ours = discriminants(points, [names[i] for i in number], names, site=2)
+    lda = LinearDiscriminantAnalysis(solver="lsqr", priors=[1 / 3] * 3).fit(points.double().numpy(), number.numpy())
+    fresh = torch.randn(50, 5, generator=draw) @ mix
+    scores = fresh @ ours.weights.T + ours.bias
+    np.testing.assert_allclose(scores.softmax(-1), lda.predict_proba(fresh.double().numpy()), rtol=2e-3, atol=1e-5)
 
 
 def test_forms_are_trimmed_and_counted_once():
