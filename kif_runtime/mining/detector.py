@@ -35,29 +35,38 @@ class Detector:
         return Detector(self.weight, self.bias - by)
 
 
-def fisher(positives: Tensor, mean: Tensor, scatter: Tensor, near: Tensor, negatives: Tensor) -> Detector:
+def gram(states: Tensor, mean: Tensor) -> Tensor:
+    """Σ (x − mean)(x − mean)ᵀ [D, D] over the rows of states [N, D]."""
+    away = states - mean
+    return away.T @ away
+
+
+def fisher(
+    positives: Tensor, mean: Tensor, scatter: Tensor, near: Tensor, negatives: Tensor, near_gram: Tensor | None = None
+) -> Detector:
     """w = (S + λI)⁻¹(μ₊ − μ₋), scaled so that the mean negative scores 0 and the mean positive 1.
 
     positives [P, D], near misses [M, D], negatives [N, D]: RMS-normalised states; mean [D] and scatter [D, D]: those of
-    the controls. S adds half the near misses' scatter, so that names which share words with the subject stay apart, and
-    in each of HARD_ROUNDS rounds that of the negatives the last round scored highest. λ is RIDGE of the mean diagonal.
-    Source: Fisher (1936); shrinkage as in Friedman (1989), eq. 18, with a fixed weight.
+    the controls. near_gram: `gram` of the near misses, where it is known already. S adds half the near misses' scatter,
+    so that names which share words with the subject stay apart, and in each of HARD_ROUNDS rounds that of the negatives
+    the last round scored highest. λ is RIDGE of the mean diagonal. Source: Fisher (1936); shrinkage as in Friedman
+    (1989), eq. 18, with a fixed weight.
     """
     gap = positives.mean(0) - mean
+    total, count = gram(near, mean) if near_gram is None else near_gram, len(near)
 
-    def solve(hard: Tensor) -> Detector:
-        away = hard - mean
-        spread = scatter + 0.5 * away.T @ away / max(1, len(hard))
+    def solve() -> Detector:
+        spread = scatter + 0.5 * total / max(1, count)
         ridge = RIDGE * spread.diagonal().mean()
         weight = torch.linalg.solve(spread + ridge * torch.eye(len(mean)), gap)
         weight = weight / (gap @ weight)
         return Detector(weight.contiguous(), float(-(mean @ weight)))
 
-    detector = solve(near)
-    hard = near
+    detector = solve()
     for _ in range(HARD_ROUNDS):
-        hard = torch.cat([hard, negatives[detector.scores(negatives).topk(min(HARD, len(negatives))).indices]])
-        detector = solve(hard)
+        hard = negatives[detector.scores(negatives).topk(min(HARD, len(negatives))).indices]
+        total, count = total + gram(hard, mean), count + len(hard)
+        detector = solve()
     return detector
 
 

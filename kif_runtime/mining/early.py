@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..capsule import Signature
 from .control import Control, Level
-from .detector import decide, fisher, rank_one
+from .detector import decide, fisher, gram, rank_one
 from .reading import Reader, normalised
 from .subject import Group, Subject
 
@@ -34,6 +34,7 @@ def early_signatures(reader: Reader, control: Control, subject: Subject, asked: 
     if not tokens:
         return []
     near = subject.read_near(reader, level.site, rows)
+    near_gram = gram(near, level.mean)
     negatives = level.states[control.silent(level.text, subject.forms)].float()
     contexts = _contexts(reader, control)
     made: list[Signature] = []
@@ -43,7 +44,7 @@ def early_signatures(reader: Reader, control: Control, subject: Subject, asked: 
         raw = torch.stack([rows[i][q] for i, q in places])
         elsewhere = normalised(reader.ends([[*context, token] for context in contexts], level.site))
         group = Group(raw, subject.number[[i for i, _ in places]], elsewhere)
-        signature = _signature(level, group, near, negatives, asked)
+        signature = _signature(level, group, near, near_gram, negatives, asked)
         if signature is not None:
             made.append(signature)
     return made
@@ -67,11 +68,14 @@ def _contexts(reader: Reader, control: Control) -> list[list[int]]:
     return [row[:n].tolist() for row, n in zip(chosen.ids, lengths, strict=True)]
 
 
-def _signature(level: Level, group: Group, near: Tensor, negatives: Tensor, asked: float) -> Signature | None:
+def _signature(
+    level: Level, group: Group, near: Tensor, near_gram: Tensor, negatives: Tensor, asked: float
+) -> Signature | None:
     """The signature, or None where the token does not tell the subject."""
     train, held = group.split()
     aside = torch.cat([near, group.aside])
-    detector = fisher(train, level.mean, level.scatter, aside, torch.cat([negatives, group.aside]))
+    total = near_gram + gram(group.aside, level.mean)
+    detector = fisher(train, level.mean, level.scatter, aside, torch.cat([negatives, group.aside]), total)
     decision = decide(detector, held, negatives, aside, asked)
 
     def share(states: Tensor) -> float:

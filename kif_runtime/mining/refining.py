@@ -10,8 +10,9 @@ from .neutral import References, bucketed, divergence, move
 from .reading import Batch, Prompt, Reader
 from .subject import Subject
 
-STEPS = 3
-STEP_SIZE = 0.17  # of the neutral vector's norm
+# More, or longer ones, fit the templates asked and no longer the facts.
+STEPS = 2
+STEP_SIZE = 0.1  # of the neutral vector's norm
 # Reference templates that are asked about the subject, first those that begin with the name: there its own first token
 # cannot be suppressed, and most is kept.
 ASKED = 10
