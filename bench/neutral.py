@@ -148,7 +148,7 @@ def widen(
 
 
 def _loss(reader: Reader, site: int, asked: list[Asked], vectors: Tensor, gaps: Tensor, usual: Tensor) -> Tensor:
-    """Mean KL(prior ‖ p), each prompt under its own vector [B, D]; its difference `gaps` [B, D] from `usual` is gone."""
+    """Mean KL(prior ‖ p), each prompt under its own vector [B, D]; its difference `gaps` [B, D] from `usual` gone."""
     units = vectors / vectors.norm(dim=1, keepdim=True)
     rows = (gaps - (gaps * units).sum(1, keepdim=True) * units).detach()
     rows = rows / rows.norm(dim=1, keepdim=True)
