@@ -4,7 +4,8 @@ Letters, the same in every docstring: N tokens, B batch rows, T positions, D wid
 capsules of a bank; M capsule-set rows, L the longest set.
 """
 
+from .add_norm_suppress import add_norm_suppress_
 from .layout import KernelError, SiteTensors
 from .suppress import scores, suppress, suppress_
 
-__all__ = ["KernelError", "SiteTensors", "scores", "suppress", "suppress_"]
+__all__ = ["KernelError", "SiteTensors", "add_norm_suppress_", "scores", "suppress", "suppress_"]

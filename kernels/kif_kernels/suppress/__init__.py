@@ -1,5 +1,6 @@
 """The operator `suppress_`: check, choose the path, call. Registered as torch.ops.kif.*, so that graphs keep it."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 from warnings import warn
@@ -7,7 +8,8 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from ..layout import FLOATS, SITE_ARGUMENTS, KernelError, SiteTensors
+from ..checks import check_hits, check_in_place, check_tokens, check_width
+from ..layout import SITE_ARGUMENTS, SiteTensors
 from . import cpu, reference
 
 _library = torch.library.Library("kif", "DEF")
@@ -27,15 +29,9 @@ def suppress_(x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = 
     for bit. x is rounded once, at the end. A token with NaN or ±inf fires nothing.
     Raises KernelError for shapes, dtypes or devices that do not fit, or where x needs a gradient (use `suppress`).
     """
-    _check(x, rows, site)
-    if x.requires_grad and torch.is_grad_enabled():
-        raise KernelError("x needs a gradient and suppress_ works in place; use suppress")
-    if 0 in x.stride() and any(step == 0 and n > 1 for step, n in zip(x.stride(), x.shape, strict=True)):
-        raise KernelError("tokens of x overlap in memory (it was expanded); give a copy")
-    if hits is not None and (hits.dtype != torch.bool or hits.dim() != 2 or hits.shape[0] * x.shape[-1] != x.numel()):
-        raise KernelError(
-            f"hits is {hits.dtype} {list(hits.shape)}; expected torch.bool with a row for each token of x"
-        )
+    check_tokens(x, rows, site)
+    check_in_place(x, otherwise="use suppress")
+    check_hits(hits, x)
     torch.ops.kif.suppress_(x, rows, *site.tensors, hits)
 
 
@@ -45,43 +41,26 @@ def suppress(x: Tensor, rows: Tensor, site: SiteTensors) -> Tensor:
     The gradient is that of the reference, taken again in the backward pass so that nothing but x is kept. A hard gate
     has gradient zero, so it passes through the projection only.
     """
-    _check(x, rows, site)
+    check_tokens(x, rows, site)
     return torch.ops.kif.suppress(x, rows, *site.tensors)
 
 
 def scores(x: Tensor, site: SiteTensors) -> Tensor:
     """The scores that decide, of every token and slot: x [..., D] -> [..., S] fp32, -inf in free slots."""
-    _check_width(x, site)
+    check_width(x, site)
     flat = torch.ops.kif.scores(x.reshape(-1, x.shape[-1]), site.detector, site.bias)
     return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
-def _check_width(x: Tensor, site: SiteTensors) -> None:
-    if x.dtype not in FLOATS:
-        raise KernelError(f"x is {x.dtype}; expected fp16, bf16, fp32 or float64")
-    if x.dim() == 0 or x.shape[-1] != site.detector.shape[1]:
-        raise KernelError(
-            f"x is {list(x.shape)} but the site's detectors are {site.detector.shape[1]} wide: another model's?"
-        )
-    if x.device != site.detector.device:
-        raise KernelError(f"x is on {x.device}, the site's tensors are on {site.detector.device}; make the bank there")
-
-
-def _check(x: Tensor, rows: Tensor, site: SiteTensors) -> None:
-    _check_width(x, site)
-    if x.dim() not in (2, 3):
-        raise KernelError(f"x is {list(x.shape)}; expected [N, D] or [B, T, D]")
-    if rows.dtype != torch.int32 or rows.dim() != 1 or rows.shape[0] != x.shape[0]:
-        raise KernelError(f"rows is {rows.dtype} {list(rows.shape)}; expected torch.int32 [{x.shape[0]}]")
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Where autocast is on, the context without it: it would screen in bf16, and norm."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _suppress_cpu_(x: Tensor, rows: Tensor, *rest: Any) -> None:
     *tensors, hits = rest
     path = reference.suppress_ if x.dtype == torch.float64 else cpu.suppress_
-    if torch.is_autocast_enabled("cpu"):  # it would screen in bf16
-        with torch.autocast("cpu", enabled=False):
-            path(x, rows, SiteTensors(*tensors), hits)
-    else:
+    with without_autocast("cpu"):
         path(x, rows, SiteTensors(*tensors), hits)
 
 
