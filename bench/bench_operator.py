@@ -27,7 +27,7 @@ def make_site(signatures: int) -> SiteTensors:
         site.strength.fill_(1.0)
         site.owner.copy_(torch.arange(slots))
         site.used.fill_(slots)
-        site.sets.copy_(torch.arange(slots))
+        site.write_set(0, range(slots))
         site.margin.copy_(screening_margin(site.detector, site.bias, site.tau, site.k))
     return site
 

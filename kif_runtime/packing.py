@@ -59,5 +59,4 @@ class PackedSite:
         t.margin[:n] = screening_margin(t.detector[:n], t.bias[:n], t.tau[:n], t.k[:n])
 
     def write_set(self, row: int, ids: Iterable[str]) -> None:
-        slots = torch.tensor(self.slots(ids), dtype=torch.int32)
-        self.tensors.sets[row].fill_(-1)[: len(slots)] = slots
+        self.tensors.write_set(row, self.slots(ids))

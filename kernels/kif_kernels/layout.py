@@ -1,5 +1,6 @@
 """How one site's signatures lie in memory: packed tensors whose addresses never change while signatures come and go."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import inf, log, sqrt
 from typing import Self
@@ -18,11 +19,13 @@ class KernelError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class SiteTensors:
-    """One site's signatures, packed. Everything but `used` and `sets` is indexed by slot; slots used..S-1 are free.
+    """One site's signatures, packed. All but `used`, `sets` and `place` are indexed by slot; slots used..S-1 are free.
 
     `bias` of a free slot is -inf, so that it cannot fire whoever looks at it. `k` is inf and `tau` 0 for a hard gate.
     `margin` is `screening_margin`. `owner` is the index of the slot's capsule. Row m of `sets` lists the slots of
-    capsule set m at this site in canonical order (capsule id bytewise, then signature number), -1 after the last.
+    capsule set m at this site in canonical order (capsule id bytewise, then signature number), -1 after the last; row m
+    of `place` is its inverse: where in that list each slot stands, -1 for a slot that is not in it. `write_set` keeps
+    the two together.
     """
 
     detector: Tensor  # [S, D] fp32
@@ -36,6 +39,7 @@ class SiteTensors:
     owner: Tensor  # [S] int32
     used: Tensor  # [1] int32
     sets: Tensor  # [M, L] int32
+    place: Tensor  # [M, S] int32
 
     @classmethod
     def empty(
@@ -66,6 +70,7 @@ class SiteTensors:
             owner=full((signatures,), -1, torch.int32),
             used=full((1,), 0, torch.int32),
             sets=full((rows, set_length), -1, torch.int32),
+            place=full((rows, signatures), -1, torch.int32),
         )
 
     @property
@@ -73,12 +78,18 @@ class SiteTensors:
         """All tensors in the order of their declaration, which is the order the registered operators take them in."""
         return (
             self.detector, self.bias, self.k, self.tau, self.margin, self.basis,
-            self.target, self.strength, self.owner, self.used, self.sets,
+            self.target, self.strength, self.owner, self.used, self.sets, self.place,
         )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
+
+    def write_set(self, row: int, slots: Sequence[int]) -> None:
+        """Make `slots`, in canonical order, the capsule set of `row`. Takes at most L of them, each once."""
+        listed = torch.tensor(slots, dtype=torch.int32, device=self.sets.device)
+        self.sets[row].fill_(-1)[: len(slots)] = listed
+        self.place[row].fill_(-1)[listed.long()] = torch.arange(len(slots), dtype=torch.int32, device=listed.device)
 
     def check(self) -> None:
         """Raise KernelError unless shapes, dtypes, device and layout are as declared. For once, not for every call."""
@@ -87,9 +98,9 @@ class SiteTensors:
         (slots, width), rank = self.detector.shape, self.basis.shape[1]
         shapes: dict[str, tuple[int, ...]] = {
             "detector": (slots, width), "basis": (slots, rank, width), "target": (slots, rank), "used": (1,),
-            "sets": tuple(self.sets.shape),
+            "sets": tuple(self.sets.shape), "place": (self.sets.shape[0], slots),
         }  # fmt: skip
-        integers = ("owner", "used", "sets")
+        integers = ("owner", "used", "sets", "place")
         for name in (f.name for f in fields(self)):
             tensor, shape = getattr(self, name), shapes.get(name, (slots,))
             allowed = FLOATS if name == "basis" else (torch.int32,) if name in integers else (torch.float32,)
@@ -98,6 +109,29 @@ class SiteTensors:
                 raise KernelError(f"{name} is {got}, expected {list(shape)} of {' or '.join(map(str, allowed))}")
             if tensor.device != self.detector.device or not tensor.is_contiguous():
                 raise KernelError(f"{name} must be contiguous and on {self.detector.device}, where detector is")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What `detect` writes and suppression reads: for each of N tokens the signatures that may fire on it.
+
+    `count[n]` is how many there are. `found[n, :count[n]]` says which: places in the capsule set of the token (columns
+    of `SiteTensors.sets`), each once, in any order. Where count[n] is over H they did not fit, the token *overflows*,
+    its list means nothing and whoever reads it looks at the whole set instead. Entries after the last are undefined.
+    """
+
+    count: Tensor  # [N] int32
+    found: Tensor  # [N, H] int32
+
+    @classmethod
+    def empty(cls, tokens: int, *, limit: int = 32, device: torch.device | str = "cpu") -> Self:
+        """Buffers for N = `tokens` tokens and lists of H = `limit` signatures, with no candidate yet."""
+        zeros = {"dtype": torch.int32, "device": device}
+        return cls(torch.zeros(tokens, **zeros), torch.zeros(tokens, limit, **zeros))  # type: ignore[arg-type]
+
+    def first(self, tokens: int) -> Self:
+        """The same buffers for a step of fewer tokens: views, at the same addresses."""
+        return type(self)(self.count[:tokens], self.found[:tokens])
 
 
 SITE_ARGUMENTS = ", ".join(f"Tensor {field.name}" for field in fields(SiteTensors))

@@ -55,7 +55,7 @@ def make_site() -> MakeSite:
         site.used.fill_(n)
         site.margin[:n] = screening_margin(site.detector[:n], site.bias[:n], site.tau[:n], site.k[:n])
         for row, slots in enumerate(sets):
-            site.sets[row, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
+            site.write_set(row, slots)
         site.check()
         return site
 

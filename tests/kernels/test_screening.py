@@ -37,7 +37,8 @@ def on_the_edge(x: torch.Tensor, detector: torch.Tensor, k: float | None) -> Sit
     site.target[:, 0] = x[:, 0] + x[:, 0].abs() + 1  # a token on which its signature fires cannot stay as it was
     site.owner.copy_(torch.arange(n))
     site.used.fill_(n)
-    site.sets.copy_(torch.arange(n)[:, None])
+    for slot in range(n):
+        site.write_set(slot, [slot])
     site.margin.copy_(screening_margin(site.detector, site.bias, site.tau, site.k))
     return site
 

@@ -131,7 +131,7 @@ def test_rows_without_a_set_are_not_written_even_where_they_would_fire(make_site
 def test_free_slots_cannot_fire(make_site) -> None:
     site = make_site(16, 0, [[]], free=4)
     x, before = (t.clone() for t in [tokens(9, 16)] * 2)
-    site.sets[0, 0] = 2  # a stale set that still names one
+    site.write_set(0, [2])  # a stale set that still names one
     suppress_(x, torch.zeros(9, dtype=torch.int32), site)
     assert torch.equal(x, before)
     assert torch.equal(scores(x, site), torch.full((9, 4), -torch.inf))

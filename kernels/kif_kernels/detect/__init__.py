@@ -1,0 +1,61 @@
+"""The operator `detect`: which of very many signatures may fire on each token. Check, choose the path, call."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_tokens
+from ..layout import SITE_ARGUMENTS, Candidates, KernelError, SiteTensors
+from . import reference
+
+_library = torch.library.Library("kif", "FRAGMENT")
+_library.define(
+    f"detect(Tensor x, Tensor? residual, Tensor rows, {SITE_ARGUMENTS}, Tensor(a!) count, Tensor(b!) found) -> ()"
+)
+
+
+def detect(
+    x: Tensor, rows: Tensor, site: SiteTensors, candidates: Candidates, *, residual: Tensor | None = None
+) -> None:
+    """List for each token the signatures of its capsule set that may fire on it, in `candidates`.
+
+    x [N, D] with rows [N], or [B, T, D] with rows [B] (then N = B·T): fp16, bf16, fp32 or float64, any strides. rows
+    int32: the capsule set of each token or batch row; -1 has no candidates. residual: a tensor of x's shape and dtype
+    that is added to x in fp32 first (float64 for float64), as `add_norm_suppress_` does. candidates: buffers of N
+    tokens, `Candidates.empty`; what was in them does not matter.
+    Never misses: every signature that fires is listed, or the token overflows. It is a screen with a proven margin
+    (`screening_margin`): a few signatures that do not fire may be listed too, and which depends on path and batch.
+    So whoever reads the list decides, by the fixed-order score, and results do not depend on the screen.
+    Raises KernelError for shapes, dtypes or devices that do not fit.
+    """
+    check_tokens(x, rows, site)
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        got = f"{residual.dtype} {list(residual.shape)} on {residual.device}"
+        raise KernelError(f"residual is {got}; expected {x.dtype} {list(x.shape)} on {x.device}, as x is")
+    check_candidates(candidates, x)
+    torch.ops.kif.detect(x, residual, rows, *site.tensors, candidates.count, candidates.found)
+
+
+def check_candidates(candidates: Candidates, x: Tensor) -> None:
+    """Raise KernelError unless `candidates` are int32 [N] and [N, H] for the N tokens of x, and on its device."""
+    tokens = x.shape[:-1].numel()
+    for name, tensor, shape in (
+        ("count", candidates.count, [tokens]),
+        ("found", candidates.found, [tokens, *candidates.found.shape[1:2]]),
+    ):
+        if list(tensor.shape) != shape or tensor.dtype != torch.int32 or tensor.device != x.device:
+            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise KernelError(f"candidates.{name} is {got}; expected torch.int32 {shape} on {x.device}")
+    if candidates.found.dim() != 2 or candidates.found.shape[1] == 0 or not candidates.found.is_contiguous():
+        raise KernelError("candidates.found must be [N, H], contiguous, with H over 0")
+
+
+def _detect(x: Tensor, residual: Tensor | None, rows: Tensor, *rest: Any) -> None:
+    *tensors, count, found = rest
+    reference.detect(x, rows, SiteTensors(*tensors), Candidates(count, found), residual)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("detect", _detect, _device)
+torch.library.register_fake("kif::detect", lambda *_: None, lib=_library)
