@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_tokens
-from ..layout import SITE_ARGUMENTS, Candidates, KernelError, SiteTensors
+from ..checks import check_candidates, check_like, check_tokens
+from ..layout import SITE_ARGUMENTS, Candidates, SiteTensors
 from . import reference
 
 _library = torch.library.Library("kif", "FRAGMENT")
@@ -30,25 +30,10 @@ def detect(
     Raises KernelError for shapes, dtypes or devices that do not fit.
     """
     check_tokens(x, rows, site)
-    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
-        got = f"{residual.dtype} {list(residual.shape)} on {residual.device}"
-        raise KernelError(f"residual is {got}; expected {x.dtype} {list(x.shape)} on {x.device}, as x is")
+    if residual is not None:
+        check_like(residual, x, "residual", "x")
     check_candidates(candidates, x)
     torch.ops.kif.detect(x, residual, rows, *site.tensors, candidates.count, candidates.found)
-
-
-def check_candidates(candidates: Candidates, x: Tensor) -> None:
-    """Raise KernelError unless `candidates` are int32 [N] and [N, H] for the N tokens of x, and on its device."""
-    tokens = x.shape[:-1].numel()
-    for name, tensor, shape in (
-        ("count", candidates.count, [tokens]),
-        ("found", candidates.found, [tokens, *candidates.found.shape[1:2]]),
-    ):
-        if list(tensor.shape) != shape or tensor.dtype != torch.int32 or tensor.device != x.device:
-            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            raise KernelError(f"candidates.{name} is {got}; expected torch.int32 {shape} on {x.device}")
-    if candidates.found.dim() != 2 or candidates.found.shape[1] == 0 or not candidates.found.is_contiguous():
-        raise KernelError("candidates.found must be [N, H], contiguous, with H over 0")
 
 
 def _detect(x: Tensor, residual: Tensor | None, rows: Tensor, *rest: Any) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import LOG_1023, SiteTensors, gamma
+from ..layout import LOG_1023, Candidates, SiteTensors, gamma
 from .reference import EPSILON, flatten, normalise, ordered_sum, removed, write
 
 # Elements of a temporary: what is gathered or screened at once stays in the cache's neighbourhood.
@@ -30,7 +30,9 @@ class _Sets(NamedTuple):
     everywhere: bool  # whether every token has one of them
 
 
-def suppress_(x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None) -> None:
+def suppress_(
+    x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None, candidates: Candidates | None = None
+) -> None:
     """`kif_kernels.suppress_` for fp16, bf16 and fp32 tensors on the CPU."""
     if x.numel() == 0 or (sets := _sets_in_use(rows, site)) is None:
         return

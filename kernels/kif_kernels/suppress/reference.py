@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..layout import LOG_1023, SiteTensors
+from ..layout import LOG_1023, Candidates, SiteTensors
 
 EPSILON = 1e-6
 # A row with an entry over LARGE is worked on at SHRINK times its size, so that its square cannot overflow. Both are
@@ -123,8 +123,10 @@ def suppress(x: Tensor, rows: Tensor, site: SiteTensors) -> Tensor:
     return out.reshape(x.shape)
 
 
-def suppress_(x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None) -> None:
-    """In place; only the tokens on which something fires are written."""
+def suppress_(
+    x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None, candidates: Candidates | None = None
+) -> None:
+    """In place; only the tokens on which something fires are written. Looks at every signature, candidate or not."""
     tokens, token_rows = flatten(x, rows)
     for index, value in edits(tokens, token_rows, site, hits):
         write(x, index, value)
