@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import Candidates, SiteTensors
-from ..suppress.triton import halved_total, row_constants, site_pointers, suppress_row, to_look_at, tokens_of
+from ..suppress.triton_rows import halved_total, row_constants, site_pointers, suppress_row, to_look_at, tokens_of
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def norm_row(x, weight_ptr, epsilon, ONE_PLUS: tl.constexpr, D: tl.constexpr, W:
     return (x.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(weight.dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "hits_stride", "epsilon"])
 def add_norm_suppress_kernel(
     hidden_ptr, residual_ptr, weight_ptr, epsilon, rows_ptr, positions,
     hidden_batch_stride, hidden_token_stride, residual_batch_stride, residual_token_stride,
@@ -59,7 +59,7 @@ def add_norm_suppress_kernel(
     tl.store(hidden_at, normed.to(hidden_ptr.dtype.element_ty), mask=column < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "hits_stride", "epsilon"])
 def suppress_normed_kernel(
     normed_ptr, residual_ptr, weight_ptr, epsilon, rows_ptr, positions,
     normed_batch_stride, normed_token_stride, residual_batch_stride, residual_token_stride,
@@ -109,7 +109,7 @@ def _launch(
             first, residual, weight, epsilon, rows, positions, *strides, *tokens_of(residual)[2:],
             None if hits is None else hits.view(torch.int8), 0 if hits is None else hits.stride(0),
             None if candidates is None else candidates.count, None if candidates is None else candidates.found,
-            *site_pointers(site), ONE_PLUS=one_plus, **row_constants(site, candidates, first.dtype),
+            *site_pointers(site), ONE_PLUS=one_plus, **row_constants(site, candidates, first),
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""The operator in Triton: one program per token, which stays in registers. One read of it, and one write if it fired.
+"""`suppress_` in Triton: a program per token, or, where many tokens share long sets, per tile of tokens.
 
-What decides, and what is removed, is summed in the order of `reference.ordered_sum`, by hand: the order of `tl.sum`
-depends on the tile's layout, that is on the number of warps. So a token gets the same decisions as on the CPU, and the
-same bits in any batch and under any configuration. Nothing here allocates or waits for the device.
+A token that has nothing to be looked at is not read, and one on which nothing fires is not written. In a tile one
+matrix product screens all tokens, so that a detector is read once for the tile and not once for a token; the few on
+which something may fire are then done as single tokens are, with the same bits. Nothing here allocates or waits.
 """
 
 import torch
@@ -10,147 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import layout, tuned
+from .. import tuned
 from ..layout import Candidates, SiteTensors
-from . import reference
-
-EPSILON = tl.constexpr(reference.EPSILON)
-LARGE, SHRINK = tl.constexpr(reference.LARGE), tl.constexpr(reference.SHRINK)
-LOG_1023 = tl.constexpr(layout.LOG_1023)
-INF = tl.constexpr(float("inf"))
-NOWHERE = tl.constexpr(1 << 30)  # past any place in a capsule set
-# A product fused into the addition after it would not be rounded; on the CPU it is.
-OPTIONS = {"enable_fp_fusion": False}
+from .triton_rows import row_constants, site_pointers, suppress_row, to_look_at, tokens_of
+from .triton_screen import may_fire, places, widening
 
 
 @triton.jit
-def halved_sum(t, S: tl.constexpr, W: tl.constexpr):
-    """t [S, W] -> [S], W a power of two: `reference.ordered_sum`."""
-    for i in tl.static_range(16):
-        if W >> i > 1:
-            t = tl.sum(tl.reshape(t, (S, 2, W >> (i + 1))), 1)
-    return tl.reshape(t, (S,))
-
-
-@triton.jit
-def halved_total(t, W: tl.constexpr):
-    """t [W] -> its sum, in the same order."""
-    return tl.sum(halved_sum(tl.reshape(t, (1, W)), 1, W), 0)
-
-
-@triton.jit
-def normalise(x, D: tl.constexpr, W: tl.constexpr):
-    """x [W] fp32, 0 past D -> (scale, v): `reference.normalise`."""
-    scale = tl.where(tl.max(tl.abs(x), 0) < LARGE, 1.0, SHRINK)
-    y = x * scale
-    mean = tl.div_rn(halved_total(y * y, W), tl.full((), D, tl.float32))
-    rms = tl.sqrt_rn(mean + EPSILON * scale * scale)
-    return scale, tl.div_rn(y, tl.zeros_like(y) + rms)
-
-
-@triton.jit
-def score(v, slot, detector_ptr, bias_ptr, D: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr):
-    """v [W], slot [BLOCK] -> [BLOCK], -inf where slot is -1: `reference.score`."""
-    column = tl.arange(0, W)
-    live = slot >= 0
-    at = detector_ptr + slot.to(tl.int64)[:, None] * D + column[None, :]
-    w = tl.load(at, mask=live[:, None] & (column < D)[None, :], other=0.0)
-    return halved_sum(w * v[None, :], BLOCK, W) + tl.load(bias_ptr + slot, mask=live, other=-INF)
-
-
-@triton.jit
-def gate(score, k, tau):
-    """[S] each -> (weight, whether it is over 0, whether it is at least 1/2): `reference.gate`, on scores or -inf."""
-    hard = k == INF
-    z = tl.where(hard, score, k * (score - tau))
-    weight = tl.where(hard, 1.0, tl.div_rn(tl.full(z.shape, 1.0, tl.float32), 1.0 + tl.exp(-z)))
-    return weight, tl.where(hard, z > 0, z >= -LOG_1023), tl.where(hard, z > 0, z >= 0)
-
-
-@triton.jit
-def removed(y, scale, slot, amount, basis_ptr, target_ptr, D: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
-    """amount · Uᵀ (U y − c·scale), [W]: `reference.removed`."""
-    column = tl.arange(0, W)
-    total = tl.zeros((W,), tl.float32)
-    for r in range(R):
-        u = tl.load(basis_ptr + (slot.to(tl.int64) * R + r) * D + column, mask=column < D, other=0.0).to(tl.float32)
-        total += amount * (halved_total(u * y, W) - tl.load(target_ptr + slot * R + r) * scale) * u
-    return total
-
-
-@triton.jit
-def to_look_at(token, row, count_ptr, sets_ptr, L: tl.constexpr, H: tl.constexpr):
-    """(how many signatures to decide on, whether they are the token's candidates and not its whole set)."""
-    if row < 0:
-        length, listed = 0, False
-    elif count_ptr is None:
-        length, listed = tl.where(tl.load(sets_ptr + row * L) >= 0, L, 0), False
-    else:
-        count = tl.load(count_ptr + token)
-        length, listed = tl.where(count > H, L, count), count <= H
-    return length, listed
-
-
-@triton.jit
-def slots_at(offset, token, row, length, listed, found_ptr, sets_ptr, L: tl.constexpr, H: tl.constexpr):
-    """offset [n] into what is to be looked at -> (place in the set, slot or -1), both [n]."""
-    place = offset
-    if found_ptr is not None:
-        place = tl.load(found_ptr + token.to(tl.int64) * H + offset, mask=listed & (offset < length), other=0)
-        place = tl.where(listed, place, offset)
-    return place, tl.load(sets_ptr + row.to(tl.int64) * L + place, mask=offset < length, other=-1)
-
-
-@triton.jit
-def suppress_row(
-    x, token, row, length, listed, hits_ptr, hits_stride, found_ptr,
+def suppress_token(
+    token, x_ptr, rows_ptr, positions, batch_stride, token_stride, hits_ptr, hits_stride, count_ptr, found_ptr,
     detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
     D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, H: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x [W] fp32 of one token -> (its new value, how many signatures fired), deciding on CHUNK at a time."""
-    scale, v = normalise(x, D, W)
-    y = x * scale
-    fired, start, live = 0, 0, CHUNK
-    while (live == CHUNK) & (start < length):
-        offset = start + tl.arange(0, CHUNK)
-        place, slot = slots_at(offset, token, row, length, listed, found_ptr, sets_ptr, L, H)
-        live = tl.sum((slot >= 0).to(tl.int32), 0)
-        scores = tl.full((CHUNK,), -INF, tl.float32)
-        for first in range(0, live, BLOCK):
-            some = start + first + tl.arange(0, BLOCK)
-            _, block = slots_at(some, token, row, length, listed, found_ptr, sets_ptr, L, H)
-            found = score(v, block, detector_ptr, bias_ptr, D, W, BLOCK)
-            found = tl.reshape(tl.broadcast_to(found[None, :], (CHUNK // BLOCK, BLOCK)), (CHUNK,))
-            scores = tl.where((offset - start) // BLOCK == first // BLOCK, found, scores)
-        known = slot >= 0
-        k = tl.load(k_ptr + slot, mask=known, other=INF)
-        weight, fires, hit = gate(scores, k, tl.load(tau_ptr + slot, mask=known, other=0.0))
-        if hits_ptr is not None:
-            owner = tl.load(owner_ptr + slot, mask=known, other=0)
-            tl.store(hits_ptr + token.to(tl.int64) * hits_stride + owner, 1, mask=hit)
-        amount = tl.load(strength_ptr + slot, mask=known, other=0.0) * weight
-        waiting = tl.where(fires, place, NOWHERE)
-        turns = tl.sum(fires.to(tl.int32), 0)
-        for _ in range(turns):  # in the set's order, whatever the order of the candidates
-            mine = waiting == tl.min(waiting, 0)
-            s, a = tl.sum(tl.where(mine, slot, 0), 0), tl.sum(tl.where(mine, amount, 0.0), 0)
-            waiting = tl.where(mine, NOWHERE, waiting)
-            y -= removed(y, scale, s, a, basis_ptr, target_ptr, D, W, R)
-        fired += turns
-        start += CHUNK
-    back = tl.where(scale == 1.0, 1.0, 1.0 / SHRINK)
-    return tl.where(fired > 0, y * back, x), fired
-
-
-@triton.jit
-def suppress_kernel(
-    x_ptr, rows_ptr, positions, batch_stride, token_stride, hits_ptr, hits_stride, count_ptr, found_ptr,
-    detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
-    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, H: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    token = tl.program_id(0)
+    """One token from memory to memory: neither read where it has nothing to be looked at, nor written unless fired."""
     batch = token // positions
     row = tl.load(rows_ptr + batch)
     length, listed = to_look_at(token, row, count_ptr, sets_ptr, L, H)
@@ -167,42 +40,80 @@ def suppress_kernel(
             tl.store(at, x.to(x_ptr.dtype.element_ty), mask=column < D)
 
 
-def tokens_of(x: Tensor) -> tuple[int, int, int, int]:
-    """x [N, D] or [B, T, D] -> (N or B·T, T or 1, stride of a batch row, stride of a position)."""
-    if x.dim() == 2:
-        return x.shape[0], 1, x.stride(0), 0
-    return x.shape[0] * x.shape[1], max(1, x.shape[1]), x.stride(0), x.stride(1)
-
-
-def site_pointers(site: SiteTensors) -> tuple[Tensor, ...]:
-    """The tensors that every row kernel takes, in its order."""
-    return (
-        site.detector, site.bias, site.k, site.tau, site.basis,
-        site.target, site.strength, site.owner, site.sets,
+@triton.jit(do_not_specialize=["positions", "hits_stride"])
+def suppress_kernel(
+    x_ptr, rows_ptr, positions, batch_stride, token_stride, hits_ptr, hits_stride, count_ptr, found_ptr,
+    detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, H: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    suppress_token(
+        tl.program_id(0), x_ptr, rows_ptr, positions, batch_stride, token_stride, hits_ptr, hits_stride,
+        count_ptr, found_ptr,
+        detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
+        D, W, R, L, H, CHUNK, BLOCK,
     )  # fmt: skip
 
 
-def row_constants(site: SiteTensors, candidates: Candidates | None, dtype: torch.dtype) -> dict[str, object]:
-    """The compile-time arguments of a row kernel for this site, its warps, and what turns fusion off."""
-    width, length = site.detector.shape[1], site.sets.shape[1]
-    limit = 0 if candidates is None else candidates.found.shape[1]
-    chunk = triton.next_power_of_2(limit or min(length, tuned.LONGEST_CHUNK))
-    config = tuned.row_config(triton.next_power_of_2(width), chunk, dtype)
-    sizes = {"D": width, "W": triton.next_power_of_2(width), "R": site.basis.shape[1], "L": length, "H": limit}
-    return sizes | {"CHUNK": chunk, **config, **OPTIONS}
+@triton.jit(do_not_specialize=["tokens", "positions", "hits_stride", "widening"])
+def suppress_tile_kernel(
+    x_ptr, rows_ptr, tokens, positions, batch_stride, token_stride, hits_ptr, hits_stride,
+    margin_ptr, used_ptr, place_ptr, widening,
+    detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens is screened together; tokens on which something may fire are then done one after another."""
+    index = tl.arange(0, BLOCK_N)
+    token = (tl.program_id(0) * BLOCK_N + index).to(tl.int64)
+    batch, position = token // positions, token % positions
+    at = x_ptr + batch * batch_stride + position * token_stride
+    row = tl.load(rows_ptr + batch, mask=token < tokens, other=-1).to(tl.int64)
+    may = tl.zeros((BLOCK_N,), tl.int32)
+    used = tl.load(used_ptr)
+    for start in range(0, used, BLOCK_S):
+        slot = start + tl.arange(0, BLOCK_S)
+        member = places(row, slot, used, place_ptr, S) >= 0
+        live, wanted = tl.max(member.to(tl.int32), 1) > 0, tl.max(member.to(tl.int32), 0) > 0
+        if tl.max(live.to(tl.int32), 0) > 0:
+            found = member & may_fire(
+                at, None, live, slot, wanted, detector_ptr, bias_ptr, k_ptr, tau_ptr, margin_ptr, widening,
+                D, BLOCK_N, BLOCK_S, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            may |= tl.max(found.to(tl.int32), 1)
+    waiting = tl.sum(may)
+    for _ in range(waiting):
+        first = tl.min(tl.where(may > 0, index, BLOCK_N), 0)
+        may = tl.where(index == first, 0, may)
+        suppress_token(
+            tl.program_id(0) * BLOCK_N + first, x_ptr, rows_ptr, positions, batch_stride, token_stride,
+            hits_ptr, hits_stride, None, None,
+            detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
+            D, W, R, L, H, CHUNK, BLOCK,
+        )  # fmt: skip
 
 
 def suppress_(
     x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None, candidates: Candidates | None = None
 ) -> None:
-    """`kif_kernels.suppress_` for fp16, bf16 and fp32 tensors on a GPU; the last dimension of x is contiguous."""
-    count, *strides = tokens_of(x)
-    if count == 0:
+    """`kif_kernels.suppress_` for fp16, bf16 and fp32 tensors on a GPU."""
+    tokens, positions, *strides = tokens_of(x)
+    if tokens == 0:
         return
+    marks = (None, 0) if hits is None else (hits.view(torch.int8), hits.stride(0))
+    signatures, constants = (*site_pointers(site),), row_constants(site, candidates, x)
     with torch.cuda.device_of(x):
-        suppress_kernel[(count,)](
-            x, rows, *strides,
-            None if hits is None else hits.view(torch.int8), 0 if hits is None else hits.stride(0),
-            None if candidates is None else candidates.count, None if candidates is None else candidates.found,
-            *site_pointers(site), **row_constants(site, candidates, x.dtype),
-        )  # fmt: skip
+        if candidates is not None:
+            suppress_kernel[(tokens,)](
+                x, rows, positions, *strides, *marks, candidates.count, candidates.found, *signatures, **constants
+            )
+        elif tuned.in_tiles(tokens, site.sets.shape[1], x):
+            config = tuned.tile_config("suppress", tokens, x)
+            suppress_tile_kernel[(triton.cdiv(tokens, config["BLOCK_N"]),)](
+                x, rows, tokens, positions, *strides, *marks,
+                site.margin, site.used, site.place, widening(x.shape[-1], config["PRECISION"]),
+                *signatures, S=site.detector.shape[0], **constants | config,
+            )  # fmt: skip
+        else:
+            suppress_kernel[(tokens,)](x, rows, positions, *strides, *marks, None, None, *signatures, **constants)
