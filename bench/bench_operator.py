@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from kif_kernels import SiteTensors, suppress_
-from kif_kernels.layout import screening_margin
 
 WIDTH, RANK = 576, 8
 BIAS = -12.0  # a random token scores about N(0, 1); one along the detector scores √576 = 24
@@ -28,7 +27,7 @@ def make_site(signatures: int) -> SiteTensors:
         site.owner.copy_(torch.arange(slots))
         site.used.fill_(slots)
         site.write_set(0, range(slots))
-        site.margin.copy_(screening_margin(site.detector, site.bias, site.tau, site.k))
+        site.write_screen(slice(None))
     return site
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..checks import check_candidates, check_like, check_tokens
 from ..layout import SITE_ARGUMENTS, Candidates, SiteTensors
-from . import reference
+from ..suppress import kernels, without_autocast
+from . import cpu, reference
 
 _library = torch.library.Library("kif", "FRAGMENT")
 _library.define(
@@ -36,11 +37,19 @@ def detect(
     torch.ops.kif.detect(x, residual, rows, *site.tensors, candidates.count, candidates.found)
 
 
-def _detect(x: Tensor, residual: Tensor | None, rows: Tensor, *rest: Any) -> None:
+def _detect_on_cpu(x: Tensor, residual: Tensor | None, rows: Tensor, *rest: Any) -> None:
     *tensors, count, found = rest
-    reference.detect(x, rows, SiteTensors(*tensors), Candidates(count, found), residual)
+    path = reference.detect if x.dtype == torch.float64 else cpu.detect
+    with without_autocast("cpu"):
+        path(x, rows, SiteTensors(*tensors), Candidates(count, found), residual)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("detect", _detect, _device)
+def _detect_on_gpu(x: Tensor, residual: Tensor | None, rows: Tensor, *rest: Any) -> None:
+    *tensors, count, found = rest
+    path: Any = kernels("detect", x.dtype) or reference
+    path.detect(x, rows, SiteTensors(*tensors), Candidates(count, found), residual)
+
+
+_library.impl("detect", _detect_on_cpu, "CPU")
+_library.impl("detect", _detect_on_gpu, "CUDA")
 torch.library.register_fake("kif::detect", lambda *_: None, lib=_library)
