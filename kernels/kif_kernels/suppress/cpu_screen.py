@@ -14,14 +14,13 @@ from torch import Tensor
 from ..layout import LOG_1023, SiteTensors, gamma
 from .reference import EPSILON, normalise
 
-# How many detectors make 8 bits worth their longer preparation; below it they lose (`bench/growth.py`).
-SKETCH_FROM = 128
-# How wide. (For a width of 1 torch's product in 8 bits is wrong: it takes the detectors for their transpose.)
-NARROW = 32
+# How many detectors, and how wide ones, are multiplied in 8 bits. (For a width of 1 torch's product is wrong there: it
+# takes the detectors for their transpose.)
+SKETCH_FROM, NARROW = 128, 32
 # Elements of a block of products, which stays in the cache's neighbourhood.
 SCREEN_BLOCK, SKETCH_BLOCK = 1 << 18, 1 << 19
-# Below this sum of squares nothing overflows; above it, or with NaN, a token is normalised the careful way.
-SAFE_SQUARE = 2.0**100
+# Below this norm no square overflows; above it, or with NaN, a token is normalised the careful way.
+SAFE_NORM = 2.0**50
 _LOG_1023 = torch.tensor(LOG_1023, dtype=torch.float32)
 _NOTHING = torch.empty(0, dtype=torch.long)
 
@@ -64,21 +63,26 @@ def _columns(rows: list[int], site: SiteTensors) -> Tensor | slice:
 
 def _above(tokens: Tensor, site: SiteTensors, columns: Tensor | slice) -> Pairs:
     floor = _floor(site, columns)
-    if len(floor) < SKETCH_FROM or site.detector.shape[1] < NARROW or not exact_in_8_bits():
-        screen: _Product | _Sketch = _Product(site, columns, floor)
-        step = SCREEN_BLOCK // max(len(floor), site.detector.shape[1])
+    screen: _Product | _Sketch
+    if _many(len(tokens), len(floor)) and site.detector.shape[1] >= NARROW and exact_in_8_bits():
+        screen, step = _Sketch(site, columns, floor), max(1, SKETCH_BLOCK // len(floor) // 32) * 32
     else:
-        screen = _Sketch(site, columns, floor)
-        step = SKETCH_BLOCK // len(floor) // 32 * 32
+        screen = _Product(site, columns, floor)
+        step = max(1, SCREEN_BLOCK // max(len(floor), site.detector.shape[1]))
     found = []
-    for start, block in enumerate(tokens.split(max(1, step))):
-        above = screen.above(block.float())
+    for start in range(0, len(tokens), step):
+        above = screen.above(tokens[start : start + step].float())
         if above is not None:
-            found.append(above + above.new_tensor([start * max(1, step), 0]))
+            found.append(above + above.new_tensor([start, 0]))
     if not found:
         return Pairs(_NOTHING, _NOTHING)
     token, column = torch.cat(found).unbind(1)
     return Pairs(token, column if isinstance(columns, slice) else columns[column])
+
+
+def _many(tokens: int, signatures: int) -> bool:
+    """Whether 8 bits are quicker in spite of their longer preparation; measured (`bench/growth.py`)."""
+    return signatures >= SKETCH_FROM and signatures * (tokens + 3) >= 64 * SKETCH_FROM
 
 
 def _floor(site: SiteTensors, columns: Tensor | slice) -> Tensor:
@@ -101,9 +105,9 @@ def _widening(width: int) -> float:
 
 
 def _normalised(x: Tensor) -> Tensor:
-    square = (x * x).sum(-1, keepdim=True)
-    if bool((square < SAFE_SQUARE).all()):
-        return x * square.div_(x.shape[-1]).add_(EPSILON).rsqrt_()
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if float(norm.max()) < SAFE_NORM:
+        return x * norm.square_().div_(x.shape[-1]).add_(EPSILON).rsqrt_()
     return normalise(x)[2]
 
 
@@ -124,7 +128,7 @@ class _Product:
         """For one token, as in decoding, where the number of calls is what costs."""
         token = x[0]
         square = float(torch.dot(token, token))
-        if square < SAFE_SQUARE:
+        if square < SAFE_NORM**2:
             scale = (square / x.shape[-1] + EPSILON) ** -0.5
             reduced = torch.addmv(self.floor, self.detector, token, alpha=scale)
         else:
