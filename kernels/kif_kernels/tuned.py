@@ -1,10 +1,10 @@
 """Which configuration a kernel runs with: data, looked up by device and shape, never searched for at run time.
 
 `tuned.json` has a table for each kind of GPU ("sm_90", "gfx942") and "default" for all others. In a table, "row" is for
-the kernels with one program per token and goes by the width D, "suppress" and "detect" are for those with a tile of
-tokens and go by the number of tokens: the first entry that is large enough holds. "tiles_from" says from how many
-tokens and signatures of a set on `suppress_` works in tiles. Only speed depends on these numbers, no bit of a result.
-`python -m kif_kernels.tune` measures a table on the GPU it finds; KIF_TUNED=FILE uses one instead of those shipped.
+the kernels with one program per token and "backward" for that of the gradient, by the width D; "suppress" and "detect"
+are for those with a tile of tokens, by the number of tokens: the first entry that is large enough holds. "tiles_from"
+says from how many tokens and signatures of a set on `suppress_` works in tiles. Only speed depends on these numbers, no
+bit of a result. `python -m kif_kernels.tune` measures a table on the GPU it finds; KIF_TUNED=FILE uses such a file.
 """
 
 import json
@@ -46,9 +46,9 @@ def table(device: torch.device) -> dict[str, Any]:
     return tables["default"] | (tables.get(architecture(device.index or 0), {}) if device.type == "cuda" else {})
 
 
-def row_config(width: int, chunk: int, x: Tensor) -> dict[str, int]:
-    """BLOCK (signatures scored at once) and num_warps of a row kernel that decides on `chunk` signatures at once."""
-    config = _first(table(x.device)["row"], "width", width)
+def row_config(kernel: str, width: int, chunk: int, x: Tensor) -> dict[str, int]:
+    """num_warps and BLOCK, the signatures scored at once, for `kernel`, "row" or "backward"; it decides `chunk` at once."""
+    config = _first(table(x.device)[kernel], "width", width)
     return config | {"BLOCK": min(chunk, config["BLOCK"])}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import check_candidates, check_hits, check_in_place, check_tokens, check_width
 from ..layout import SITE_ARGUMENTS, Candidates, SiteTensors
+from ..tuned import LONGEST_CHUNK
 from . import cpu, reference
 
 _library = torch.library.Library("kif", "DEF")
@@ -49,8 +50,8 @@ def suppress_(
 def suppress(x: Tensor, rows: Tensor, site: SiteTensors) -> Tensor:
     """`suppress_` out of place, differentiable in x; same arguments, a new tensor of x's shape and dtype.
 
-    The gradient is that of the reference, taken again in the backward pass so that nothing but x is kept. A hard gate
-    has gradient zero, so it passes through the projection only.
+    The forward pass is taken again for the gradient, so that nothing but x is kept. A hard gate has gradient zero, so
+    it passes through the projection only. On a GPU there is a kernel for sets of up to 64 signatures.
     """
     check_tokens(x, rows, site)
     return torch.ops.kif.suppress(x, rows, *site.tensors)
@@ -81,13 +82,15 @@ def packed(count: Tensor | None, found: Tensor | None) -> Candidates | None:
 def kernels(op: str, dtype: torch.dtype) -> ModuleType | None:
     """The Triton kernels of an op (the module `<op>/triton.py`), or None and one warning where they cannot serve."""
     if dtype == torch.float64:
-        why = "for float64"
-    elif find_spec("triton") is None:
-        why = "without triton"
-    else:
-        return import_module(f"..{op}.triton", __package__)
-    warn(f"KIF has no kernel {why}: its slow reference runs and waits for the device at every call", stacklevel=5)
-    return None
+        return _warn_of_reference("for float64")
+    if find_spec("triton") is None:
+        return _warn_of_reference("without triton")
+    return import_module(f"..{op}.triton", __package__)
+
+
+@cache
+def _warn_of_reference(where: str) -> None:
+    warn(f"KIF has no kernel {where}: its slow reference runs and waits for the device at every call", stacklevel=6)
 
 
 def _suppress_cpu_(x: Tensor, rows: Tensor, *rest: Any) -> None:
@@ -109,11 +112,17 @@ def _suppress_out_of_place(x: Tensor, rows: Tensor, *tensors: Tensor) -> Tensor:
     return out
 
 
-def _suppress_backward(grad: Tensor, x: Tensor, rows: Tensor, *tensors: Tensor) -> Tensor:
-    with torch.enable_grad():
-        again = x.detach().requires_grad_()
-        out = reference.suppress(again, rows, SiteTensors(*tensors))
-    return torch.autograd.grad(out, again, grad)[0].contiguous()
+def _suppress_backward_cpu(grad: Tensor, x: Tensor, rows: Tensor, *tensors: Tensor) -> Tensor:
+    return reference.suppress_backward(grad, x, rows, SiteTensors(*tensors))
+
+
+def _suppress_backward_gpu(grad: Tensor, x: Tensor, rows: Tensor, *tensors: Tensor) -> Tensor:
+    site = SiteTensors(*tensors)
+    if site.sets.shape[1] > LONGEST_CHUNK:
+        path: Any = _warn_of_reference(f"for gradients through sets of over {LONGEST_CHUNK} signatures")
+    else:
+        path = kernels("suppress", x.dtype)
+    return (path or reference).suppress_backward(grad, x, rows, site)
 
 
 def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -135,9 +144,10 @@ def _like_scores(x: Tensor, detector: Tensor, bias: Tensor) -> Tensor:
 
 _library.impl("suppress_", _suppress_cpu_, "CPU")
 _library.impl("suppress_", _suppress_gpu_, "CUDA")
+_library.impl("suppress_backward", _suppress_backward_cpu, "CPU")
+_library.impl("suppress_backward", _suppress_backward_gpu, "CUDA")
 for _device in ("CPU", "CUDA"):
     _library.impl("suppress", _suppress_out_of_place, _device)
-    _library.impl("suppress_backward", _suppress_backward, _device)
     _library.impl("scores", reference.scores, _device)
 torch.library.register_fake("kif::suppress_", lambda *_: None, lib=_library)
 torch.library.register_fake("kif::suppress", _like, lib=_library)

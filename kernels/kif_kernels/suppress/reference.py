@@ -123,6 +123,14 @@ def suppress(x: Tensor, rows: Tensor, site: SiteTensors) -> Tensor:
     return out.reshape(x.shape)
 
 
+def suppress_backward(grad: Tensor, x: Tensor, rows: Tensor, site: SiteTensors) -> Tensor:
+    """The gradient in x, contiguous, by differentiating `suppress`."""
+    with torch.enable_grad():
+        again = x.detach().requires_grad_()
+        out = suppress(again, rows, site)
+    return torch.autograd.grad(out, again, grad)[0].contiguous()
+
+
 def suppress_(
     x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None, candidates: Candidates | None = None
 ) -> None:

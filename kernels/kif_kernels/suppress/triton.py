@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import tuned
 from ..layout import Candidates, SiteTensors
+from .triton_backward import suppress_backward as suppress_backward
 from .triton_rows import row_constants, site_pointers, suppress_row, to_look_at, tokens_of
 from .triton_screen import may_fire, places, widening
 

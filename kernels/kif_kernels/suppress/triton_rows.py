@@ -39,12 +39,12 @@ def halved_total(t, W: tl.constexpr):
 
 @triton.jit
 def normalise(x, D: tl.constexpr, W: tl.constexpr):
-    """x [W] fp32, 0 past D -> (scale, v): `reference.normalise`."""
+    """x [W] fp32, 0 past D -> (scale, rms of x·scale, v): `reference.normalise`."""
     scale = tl.where(tl.max(tl.abs(x), 0) < LARGE, 1.0, SHRINK)
     y = x * scale
     mean = tl.div_rn(halved_total(y * y, W), tl.full((), D, tl.float32))
     rms = tl.sqrt_rn(mean + EPSILON * scale * scale)
-    return scale, tl.div_rn(y, tl.zeros_like(y) + rms)
+    return scale, rms, tl.div_rn(y, tl.zeros_like(y) + rms)
 
 
 @triton.jit
@@ -101,6 +101,23 @@ def slots_at(offset, token, row, length, listed, found_ptr, sets_ptr, L: tl.cons
 
 
 @triton.jit
+def scores_at(
+    v, start, live, token, row, length, listed, found_ptr, sets_ptr, detector_ptr, bias_ptr,
+    D: tl.constexpr, W: tl.constexpr, L: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The scores [CHUNK] of the `live` signatures from `start` on, -inf after them."""
+    index = tl.arange(0, CHUNK)
+    scores = tl.full((CHUNK,), -INF, tl.float32)
+    for first in range(0, live, BLOCK):
+        some = start + first + tl.arange(0, BLOCK)
+        _, slot = slots_at(some, token, row, length, listed, found_ptr, sets_ptr, L, H)
+        block = score(v, slot, detector_ptr, bias_ptr, D, W, BLOCK)
+        block = tl.reshape(tl.broadcast_to(block[None, :], (CHUNK // BLOCK, BLOCK)), (CHUNK,))
+        scores = tl.where(index // BLOCK == first // BLOCK, block, scores)
+    return scores
+
+
+@triton.jit
 def suppress_row(
     x, token, row, length, listed, hits_ptr, hits_stride, found_ptr,
     detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
@@ -108,21 +125,18 @@ def suppress_row(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x [W] fp32 of one token -> (its new value, how many signatures fired), deciding on CHUNK at a time."""
-    scale, v = normalise(x, D, W)
+    scale, _, v = normalise(x, D, W)
     y = x * scale
     fired, start, live = 0, 0, CHUNK
     while (live == CHUNK) & (start < length):
         offset = start + tl.arange(0, CHUNK)
         place, slot = slots_at(offset, token, row, length, listed, found_ptr, sets_ptr, L, H)
-        live = tl.sum((slot >= 0).to(tl.int32), 0)
-        scores = tl.full((CHUNK,), -INF, tl.float32)
-        for first in range(0, live, BLOCK):
-            some = start + first + tl.arange(0, BLOCK)
-            _, block = slots_at(some, token, row, length, listed, found_ptr, sets_ptr, L, H)
-            found = score(v, block, detector_ptr, bias_ptr, D, W, BLOCK)
-            found = tl.reshape(tl.broadcast_to(found[None, :], (CHUNK // BLOCK, BLOCK)), (CHUNK,))
-            scores = tl.where((offset - start) // BLOCK == first // BLOCK, found, scores)
         known = slot >= 0
+        live = tl.sum(known.to(tl.int32), 0)
+        scores = scores_at(
+            v, start, live, token, row, length, listed, found_ptr, sets_ptr, detector_ptr, bias_ptr,
+            D, W, L, H, CHUNK, BLOCK,
+        )  # fmt: skip
         k = tl.load(k_ptr + slot, mask=known, other=INF)
         weight, fires, hit = gate(scores, k, tl.load(tau_ptr + slot, mask=known, other=0.0))
         if hits_ptr is not None:
@@ -138,8 +152,13 @@ def suppress_row(
             y -= removed(y, scale, s, a, basis_ptr, target_ptr, D, W, R)
         fired += turns
         start += CHUNK
-    back = tl.where(scale == 1.0, 1.0, 1.0 / SHRINK)
-    return tl.where(fired > 0, y * back, x), fired
+    return tl.where(fired > 0, y * unscaling(scale), x), fired
+
+
+@triton.jit
+def unscaling(scale):
+    """1 / scale, which is exact."""
+    return tl.where(scale == 1.0, 1.0, 1.0 / SHRINK)
 
 
 def tokens_of(x: Tensor) -> tuple[int, int, int, int]:
@@ -157,10 +176,12 @@ def site_pointers(site: SiteTensors) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
-def row_constants(site: SiteTensors, candidates: Candidates | None, x: Tensor) -> dict[str, object]:
+def row_constants(
+    site: SiteTensors, candidates: Candidates | None, x: Tensor, kernel: str = "row"
+) -> dict[str, object]:
     """The compile-time arguments of a row kernel for tokens x of this site, its warps, and what turns fusion off."""
     width, length = site.detector.shape[1], site.sets.shape[1]
     limit = 0 if candidates is None else candidates.found.shape[1]
     chunk = triton.next_power_of_2(limit or min(length, tuned.LONGEST_CHUNK))
     sizes = {"D": width, "W": triton.next_power_of_2(width), "R": site.basis.shape[1], "L": length, "H": limit}
-    return sizes | {"CHUNK": chunk, **tuned.row_config(width, chunk, x), **OPTIONS}
+    return sizes | {"CHUNK": chunk, **tuned.row_config(kernel, width, chunk, x), **OPTIONS}
