@@ -18,7 +18,7 @@ from .reference import EPSILON, normalise
 # takes the detectors for their transpose.)
 SKETCH_FROM, NARROW = 128, 32
 # Elements of a block of products, which stays in the cache's neighbourhood.
-SCREEN_BLOCK, SKETCH_BLOCK = 1 << 18, 1 << 19
+SCREEN_BLOCK, SKETCH_BLOCK = 1 << 18, 1 << 20
 # Below this norm no square overflows; above it, or with NaN, a token is normalised the careful way.
 SAFE_NORM = 2.0**50
 _LOG_1023 = torch.tensor(LOG_1023, dtype=torch.float32)
@@ -154,7 +154,7 @@ class _Sketch:
         p = (v / step).round_()
         error = torch.addcmul(v, p, step, value=-1.0).norm(dim=-1, keepdim=True)
         weights = torch.cat([error, torch.ones_like(error)], 1).div_(step)
-        bound = torch.addmm(torch._int_mm(p.to(torch.int8), self.sketch).float(), weights, self.terms)
+        bound = torch._int_mm(p.to(torch.int8), self.sketch).float().addmm_(weights, self.terms)
         tokens = (bound.amax(-1) > 0).nonzero().squeeze(-1)
         if tokens.numel() == 0:
             return None
