@@ -47,7 +47,7 @@ def table(device: torch.device) -> dict[str, Any]:
 
 
 def row_config(kernel: str, width: int, chunk: int, x: Tensor) -> dict[str, int]:
-    """num_warps and BLOCK, the signatures scored at once, for `kernel`, "row" or "backward"; it decides `chunk` at once."""
+    """num_warps and BLOCK (signatures scored at once) of "row" or "backward", which decides `chunk` of them at once."""
     config = _first(table(x.device)[kernel], "width", width)
     return config | {"BLOCK": min(chunk, config["BLOCK"])}
 

@@ -49,7 +49,7 @@ def add_norm_suppress_kernel(
     row = tl.load(rows_ptr + batch)
     length, listed = to_look_at(token, row, count_ptr, sets_ptr, L, H)
     if length > 0:
-        x, _ = suppress_row(
+        x, fired = suppress_row(
             x, token, row, length, listed, hits_ptr, hits_stride, found_ptr,
             detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
             D, W, R, L, H, CHUNK, BLOCK,

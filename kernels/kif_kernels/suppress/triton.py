@@ -84,7 +84,7 @@ def suppress_tile_kernel(
             )  # fmt: skip
             may |= tl.max(found.to(tl.int32), 1)
     waiting = tl.sum(may)
-    for _ in range(waiting):
+    for turn in range(waiting):
         first = tl.min(tl.where(may > 0, index, BLOCK_N), 0)
         may = tl.where(index == first, 0, may)
         suppress_token(

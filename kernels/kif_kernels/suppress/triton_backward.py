@@ -51,7 +51,7 @@ def gradient_row(
     """Pointers to a token [W], grad [W] fp32 -> the gradient in it; RANK is R rounded up to a power of two."""
     column = tl.arange(0, W)
     x = tl.load(at, mask=column < D, other=0.0).to(tl.float32)
-    scale, _, v = normalise(x, D, W)
+    scale, rms, v = normalise(x, D, W)
     place, slot = slots_at(tl.arange(0, CHUNK), token, row, length, 0, None, sets_ptr, L, 0)
     known = slot >= 0
     live = tl.sum(known.to(tl.int32), 0)
@@ -59,14 +59,14 @@ def gradient_row(
         v, 0, live, token, row, length, 0, None, sets_ptr, detector_ptr, bias_ptr, D, W, L, 0, CHUNK, BLOCK
     )
     k = tl.load(k_ptr + slot, mask=known, other=INF)
-    weight, fires, _ = gate(scores, k, tl.load(tau_ptr + slot, mask=known, other=0.0))
+    weight, fires, hit = gate(scores, k, tl.load(tau_ptr + slot, mask=known, other=0.0))
     strength = tl.load(strength_ptr + slot, mask=known, other=0.0)
     turns = tl.sum(fires.to(tl.int32), 0)
 
     y, rank = x * scale, tl.arange(0, RANK)
     kept = tl.zeros((CHUNK, RANK), tl.float32)
     waiting = tl.where(fires, place, NOWHERE)
-    for _ in range(turns):
+    for turn in range(turns):
         mine = waiting == tl.min(waiting, 0)
         s, a = tl.sum(tl.where(mine, slot, 0), 0), tl.sum(tl.where(mine, strength * weight, 0.0), 0)
         waiting = tl.where(mine, NOWHERE, waiting)
@@ -80,7 +80,7 @@ def gradient_row(
 
     through = tl.zeros((CHUNK,), tl.float32)
     waiting = tl.where(fires, place, -1)
-    for _ in range(turns):
+    for turn in range(turns):
         mine = waiting == tl.max(waiting, 0)
         s, a = tl.sum(tl.where(mine, slot, 0), 0), tl.sum(tl.where(mine, strength * weight, 0.0), 0)
         waiting = tl.where(mine, -1, waiting)
@@ -102,7 +102,7 @@ def gradient_row(
         if t != 0:
             total += t * tl.load(detector_ptr + s.to(tl.int64) * D + column, mask=column < D, other=0.0)
     # read and normalised again: kept so long, v would push others out of the registers (volatile, or it would be kept)
-    _, rms, v = normalise(tl.load(at, mask=column < D, other=0.0, volatile=True).to(tl.float32), D, W)
+    again, rms, v = normalise(tl.load(at, mask=column < D, other=0.0, volatile=True).to(tl.float32), D, W)
     return grad + (total - v * (tl.sum(along, 0) / D)) * (scale / rms)
 
 
@@ -116,7 +116,7 @@ def suppress_backward_kernel(
     token, column = tl.program_id(0), tl.arange(0, W)
     batch = token // positions
     row = tl.load(rows_ptr + batch)
-    length, _ = to_look_at(token, row, None, sets_ptr, L, H)
+    length, listed = to_look_at(token, row, None, sets_ptr, L, H)
     grad = tl.load(grad_ptr + token.to(tl.int64) * D + column, mask=column < D, other=0.0).to(tl.float32)
     if length > 0:
         at = x_ptr + batch.to(tl.int64) * batch_stride + (token % positions).to(tl.int64) * token_stride + column

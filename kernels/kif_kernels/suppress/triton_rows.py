@@ -110,7 +110,7 @@ def scores_at(
     scores = tl.full((CHUNK,), -INF, tl.float32)
     for first in range(0, live, BLOCK):
         some = start + first + tl.arange(0, BLOCK)
-        _, slot = slots_at(some, token, row, length, listed, found_ptr, sets_ptr, L, H)
+        place, slot = slots_at(some, token, row, length, listed, found_ptr, sets_ptr, L, H)
         block = score(v, slot, detector_ptr, bias_ptr, D, W, BLOCK)
         block = tl.reshape(tl.broadcast_to(block[None, :], (CHUNK // BLOCK, BLOCK)), (CHUNK,))
         scores = tl.where(index // BLOCK == first // BLOCK, block, scores)
@@ -125,7 +125,7 @@ def suppress_row(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x [W] fp32 of one token -> (its new value, how many signatures fired), deciding on CHUNK at a time."""
-    scale, _, v = normalise(x, D, W)
+    scale, rms, v = normalise(x, D, W)
     y = x * scale
     fired, start, live = 0, 0, CHUNK
     while (live == CHUNK) & (start < length):
@@ -145,7 +145,7 @@ def suppress_row(
         amount = tl.load(strength_ptr + slot, mask=known, other=0.0) * weight
         waiting = tl.where(fires, place, NOWHERE)
         turns = tl.sum(fires.to(tl.int32), 0)
-        for _ in range(turns):  # in the set's order, whatever the order of the candidates
+        for turn in range(turns):  # in the set's order, whatever the order of the candidates
             mine = waiting == tl.min(waiting, 0)
             s, a = tl.sum(tl.where(mine, slot, 0), 0), tl.sum(tl.where(mine, amount, 0.0), 0)
             waiting = tl.where(mine, NOWHERE, waiting)
