@@ -10,6 +10,7 @@ from torch import Tensor
 
 # A soft gate counts as 0 below 2⁻¹⁰. sigmoid(z) ≥ 2⁻¹⁰ is z ≥ −ln 1023, so that this too is decided on a score.
 LOG_1023 = log(1023.0)
+MAX_RANK, MAX_WIDTH = 64, 1 << 16  # of a capsule file; and what the screening margin is proven for
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -58,12 +59,15 @@ class SiteTensors:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Tensors for `signatures` free slots and `rows` empty capsule sets. `dtype` is the basis's."""
+        """Tensors for `signatures` free slots and `rows` empty capsule sets. `dtype` is the basis's.
+
+        Raises KernelError for sizes that the kernels do not take.
+        """
 
         def full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 
-        return cls(
+        site = cls(
             detector=full((signatures, width), 0),
             bias=full((signatures,), -inf),
             k=full((signatures,), inf),
@@ -81,6 +85,8 @@ class SiteTensors:
             sets=full((rows, set_length), -1, torch.int32),
             place=full((rows, signatures), -1, torch.int32),
         )
+        site.check()
+        return site
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -116,6 +122,8 @@ class SiteTensors:
         if self.detector.dim() != 2 or self.basis.dim() != 3 or self.sets.dim() != 2 or self.sets.shape[1] == 0:
             raise KernelError("detector must be [S, D], basis [S, R, D] and sets [M, L] with L over 0")
         (slots, width), rank = self.detector.shape, self.basis.shape[1]
+        if not 1 <= rank <= MAX_RANK or not 1 <= width <= MAX_WIDTH:
+            raise KernelError(f"rank {rank}, width {width}: expected ranks 1 to {MAX_RANK}, widths 1 to {MAX_WIDTH}")
         shapes: dict[str, tuple[int, ...]] = {
             "detector": (slots, width), "sketch": (slots, width), "basis": (slots, rank, width),
             "target": (slots, rank), "used": (1,), "sets": tuple(self.sets.shape), "place": (self.sets.shape[0], slots),

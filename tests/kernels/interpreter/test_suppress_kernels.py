@@ -60,6 +60,15 @@ def test_hard_gates_make_the_references_bits(make_site, random_tokens, in_tiles,
     assert n < 6 or hits.any()
 
 
+@pytest.mark.parametrize("rank", [1, 16, pytest.param(63, marks=pytest.mark.slow)])
+def test_ranks(make_site, random_tokens, rank) -> None:
+    """The site has room for one direction more than any signature uses."""
+    hits = check_equal(
+        random_tokens(2, 64), torch.tensor([1, 1], dtype=torch.int32), make_site(64, 5, SETS, rank=rank, bias=9.0)
+    )
+    assert hits.any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_error_is_at_most_twice_that_of_plain_arithmetic(
     make_site, random_tokens, in_numpy, in_tiles, dtype
