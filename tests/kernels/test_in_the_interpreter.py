@@ -1,6 +1,6 @@
 """The Triton kernels run in Triton's interpreter.
 
-It has to be chosen before triton is imported, hence a process for each file of tests.
+It has to be chosen before triton is imported, hence a process of their own.
 """
 
 import importlib.util
@@ -14,26 +14,21 @@ import pytest
 HERE = Path(__file__).parent / "interpreter"
 
 
-def run(file: str, chosen: str) -> None:
+def run(chosen: str) -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.fail("triton is missing: run make setup-dev")
-    command = [sys.executable, "-m", "pytest", str(HERE / file), "-m", chosen, "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(HERE), "-m", chosen, "-p", "no:cacheprovider"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_DEFAULT_FP_FUSION": "0"}
-    done = subprocess.run(command, env=environment, cwd=HERE.parents[2], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, env=environment, cwd=HERE.parents[2], capture_output=True, text=True, timeout=600)
     if done.returncode:
         pytest.fail(done.stdout[-8000:] + done.stderr[-2000:], pytrace=False)
     assert " passed" in done.stdout
 
 
-FILES = sorted(path.name for path in HERE.glob("test_*.py"))
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_kernels(file: str) -> None:
-    run(file, "not slow")
+def test_kernels() -> None:
+    run("not slow")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES)
-def test_kernels_at_every_size_and_dtype(file: str) -> None:
-    run(file, "slow")
+def test_kernels_at_every_size_and_dtype() -> None:
+    run("slow")

@@ -49,8 +49,8 @@ def test_it_is_the_reference(make_site, random_tokens, dtype, one_plus, n, width
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_error_is_at_most_twice_that_of_plain_arithmetic(make_site, random_tokens, in_numpy, dtype) -> None:
-    site, rows = make_site(64, 5, SETS, gate="mixed"), rows_for(9)
-    hidden, residual, weight = (random_tokens(*s, seed=i, dtype=dtype) for i, s in enumerate([(9, 64)] * 2 + [(64,)]))
+    site, rows = make_site(64, 5, SETS, gate="mixed"), rows_for(7)
+    hidden, residual, weight = (random_tokens(*s, seed=i, dtype=dtype) for i, s in enumerate([(7, 64)] * 2 + [(64,)]))
     normed, total = call(add_norm_suppress_, hidden, residual, rows, site, weight, EPSILON, False, None, None)
     x, hits = in_numpy(hidden.double() + residual.double(), rows.tolist(), site)
     expected = weight.double().numpy() * x / np.sqrt(np.mean(x**2, -1, keepdims=True) + EPSILON)
@@ -65,14 +65,14 @@ def test_the_error_is_at_most_twice_that_of_plain_arithmetic(make_site, random_t
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_nothing_fires_bits_are_those_of_an_empty_set(make_site, random_tokens, dtype) -> None:
-    site, rows = make_site(48, 5, SETS, bias=-1.2), torch.zeros(12, dtype=torch.int32)
-    hidden, residual, weight = (random_tokens(*s, seed=i, dtype=dtype) for i, s in enumerate([(12, 48)] * 2 + [(48,)]))
-    hits = torch.zeros(12, 3, dtype=torch.bool)
+    site, rows = make_site(48, 5, SETS, bias=-1.3), torch.zeros(6, dtype=torch.int32)
+    hidden, residual, weight = (random_tokens(*s, seed=i, dtype=dtype) for i, s in enumerate([(6, 48)] * 2 + [(48,)]))
+    hits = torch.zeros(6, 3, dtype=torch.bool)
     ours = call(add_norm_suppress_, hidden, residual, rows, site, weight, EPSILON, False, hits, None)
     idle = call(add_norm_suppress_, hidden, residual, rows - 1, site, weight, EPSILON, False, None, None)
     empty = call(add_norm_suppress_, hidden, residual, rows + 3, site, weight, EPSILON, False, None, None)
     still = ~hits.any(1)
-    assert 0 < still.sum() < 12
+    assert 0 < still.sum() < 6
     for a, b, c in zip(ours, idle, empty, strict=True):
         assert torch.equal(b, c)
         assert torch.equal(a[still], b[still])
@@ -91,11 +91,11 @@ def test_the_weight_multiplies_in_its_own_dtype(make_site, random_tokens, weight
 
 
 def test_candidates_change_nothing_and_overflow_is_exact(make_site, random_tokens) -> None:
-    site, rows, weight = make_site(48, 5, SETS), rows_for(10), random_tokens(48, seed=3)
-    hidden, residual = random_tokens(10, 48), random_tokens(10, 48, seed=2)
+    site, rows, weight = make_site(48, 5, SETS), rows_for(6), random_tokens(48, seed=3)
+    hidden, residual = random_tokens(6, 48), random_tokens(6, 48, seed=2)
     without = call(add_norm_suppress_, hidden, residual, rows, site, weight, EPSILON, False, None, None)
     for limit in (1, 4):
-        candidates = Candidates.empty(10, limit=limit)
+        candidates = Candidates.empty(6, limit=limit)
         detect(hidden, rows, site, candidates, residual=residual)
         ours = call(add_norm_suppress_, hidden, residual, rows, site, weight, EPSILON, False, None, candidates)
         assert all(torch.equal(a, b) for a, b in zip(ours, without, strict=True))
@@ -148,16 +148,16 @@ def test_no_tokens_is_no_work(make_site, shape) -> None:
 def test_after_the_hosts_norm_only_fired_tokens_change(make_site, random_tokens, dtype) -> None:
     """What the host left is poisoned, so that a token that was written although nothing fired would show."""
     site, rows, weight = (
-        make_site(48, 5, SETS, bias=-1.2),
-        torch.zeros(12, dtype=torch.int32),
+        make_site(48, 5, SETS, bias=-0.9),
+        torch.zeros(6, dtype=torch.int32),
         random_tokens(48, dtype=dtype),
     )
-    normed, residual = torch.full((12, 48), float("nan"), dtype=dtype), random_tokens(12, 48, seed=2, dtype=dtype)
-    hits = torch.zeros(12, 3, dtype=torch.bool)
+    normed, residual = torch.full((6, 48), float("nan"), dtype=dtype), random_tokens(6, 48, seed=2, dtype=dtype)
+    hits = torch.zeros(6, 3, dtype=torch.bool)
     ours, total = call(suppress_normed_, normed, residual, rows, site, weight, EPSILON, False, hits, None)
     theirs, expected = call(reference.suppress_normed_, normed, residual, rows, site, weight, EPSILON)
     fired = hits.any(1)
-    assert 0 < fired.sum() < 12
+    assert 0 < fired.sum() < 6
     assert torch.equal(total, expected)
     assert torch.equal(total[~fired], residual[~fired])
     assert ours[~fired].isnan().all()

@@ -41,7 +41,7 @@ def test_it_is_the_references_gradient(make_site, random_tokens, dtype, gate) ->
 
 
 @pytest.mark.parametrize(
-    ("width", "rank"), [(1, 1), (37, 5), *(pytest.param(*s, marks=pytest.mark.slow) for s in [(576, 5), (4096, 1)])]
+    ("width", "rank"), [(1, 1), (37, 3), *(pytest.param(*s, marks=pytest.mark.slow) for s in [(576, 5), (4096, 1)])]
 )
 def test_widths_and_ranks(make_site, random_tokens, width, rank) -> None:
     site, rows = make_site(width, 5, SETS, gate="soft", rank=rank), torch.zeros(2, dtype=torch.int32)
@@ -77,10 +77,10 @@ def test_tiny_and_huge_tokens(make_site, random_tokens, size) -> None:
 
 
 def test_the_same_bits_in_any_company(make_site, random_tokens) -> None:
-    site, rows = make_site(48, 5, SETS, gate="mixed"), rows_for(4)
-    x, grad = random_tokens(4, 48), random_tokens(4, 48, seed=2)
+    site, rows = make_site(48, 5, SETS, gate="mixed"), rows_for(3)
+    x, grad = random_tokens(3, 48), random_tokens(3, 48, seed=2)
     together = suppress_backward(grad, x, rows, site)
-    for n in range(4):
+    for n in range(3):
         one = slice(n, n + 1)
         assert torch.equal(suppress_backward(grad[one], x[one], rows[one], site)[0], together[n])
 
