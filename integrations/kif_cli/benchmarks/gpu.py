@@ -9,6 +9,7 @@ the specification is not timed.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -97,15 +98,12 @@ def compiled(c: Case) -> Call:
     return lambda: call(c.hidden, c.residual, c.weight)
 
 
-def vllm(c: Case) -> Call:
-    operators = import_module("vllm._custom_ops")  # by name: a peer to measure beside, nothing here rests on it
-    return lambda: operators.fused_add_rms_norm(c.hidden, c.residual, c.weight, EPSILON)
-
-
-def liger(c: Case) -> Call:
-    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as Norm
-
-    return lambda: Norm.apply(c.hidden, c.residual, c.weight, EPSILON)
+def foreign(peer: str, c: Case) -> Call:
+    """A kernel of another package's, in place of the server's fused add and norm."""
+    module, name = FOREIGN[peer]
+    kernel = getattr(import_module(module), name)
+    kernel = getattr(kernel, "apply", kernel)  # Liger's is an autograd function
+    return lambda: kernel(c.hidden, c.residual, c.weight, EPSILON)
 
 
 def add(c: Case) -> Call:
@@ -118,9 +116,13 @@ def copy(c: Case) -> Call:
     return lambda: torch.add(c.residual, vectors[c.rows], alpha=1e-9)
 
 
+FOREIGN = {
+    "vllm": ("vllm._custom_ops", "fused_add_rms_norm"),
+    "liger": ("liger_kernel.ops.fused_add_rms_norm", "LigerFusedAddRMSNormFunction"),
+}
 PEERS: Mapping[str, Callable[[Case], Call]] = {
-    "vllm": vllm,
-    "liger": liger,
+    "vllm": partial(foreign, "vllm"),
+    "liger": partial(foreign, "liger"),
     "eager": lambda c: lambda: eager(c),
     "compile": compiled,
     "add": add,
