@@ -42,7 +42,7 @@ def make_tokens(count: int, site: SiteTensors, firing: str) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [1, 256, 4096])
 @pytest.mark.parametrize(
     ("signatures", "firing"),
-    [(0, "empty"), (1, "none"), (1, "few"), (16, "none"), (16, "few"), (1000, "none"), (1000, "few")],
+    [(0, "empty"), (1, "none"), (1, "few"), (16, "none"), (16, "few"), (1000, "none"), (1000, "few"), (10000, "none")],
 )
 def test_suppress(benchmark, tokens: int, signatures: int, firing: str) -> None:
     site = make_site(signatures)

@@ -81,7 +81,7 @@ def _above(tokens: Tensor, site: SiteTensors, columns: Tensor | slice) -> Pairs:
 
 
 def _many(tokens: int, signatures: int) -> bool:
-    """Whether 8 bits are quicker in spite of their longer preparation; measured (`bench/growth.py`)."""
+    """Whether 8 bits are quicker in spite of their longer preparation, by trial on two cores of an AMD EPYC."""
     return signatures >= SKETCH_FROM and signatures * (tokens + 3) >= 64 * SKETCH_FROM
 
 
