@@ -118,7 +118,7 @@ class SiteTensors:
         self.sketch[slots], self.step[slots], self.length[slots], self.rest[slots] = sketched(detector)
 
     def check(self) -> None:
-        """Raise KernelError unless shapes, dtypes, device and layout are as declared. For once, not for every call."""
+        """Raise KernelError unless shapes, dtypes, device, layout and sets are as declared. Once, not for every call."""
         if self.detector.dim() != 2 or self.basis.dim() != 3 or self.sets.dim() != 2 or self.sets.shape[1] == 0:
             raise KernelError("detector must be [S, D], basis [S, R, D] and sets [M, L] with L over 0")
         (slots, width), rank = self.detector.shape, self.basis.shape[1]
@@ -138,6 +138,11 @@ class SiteTensors:
                 raise KernelError(f"{name} is {got}, expected {list(shape)} of {' or '.join(map(str, allowed))}")
             if tensor.device != self.detector.device or not tensor.is_contiguous():
                 raise KernelError(f"{name} must be contiguous and on {self.detector.device}, where detector is")
+        row, place = (self.sets >= 0).nonzero(as_tuple=True)
+        if not torch.equal(self.place[row, self.sets[row, place].long()].long(), place) or (
+            self.place >= 0
+        ).sum() > len(row):
+            raise KernelError("place is not the inverse of sets; write capsule sets with write_set")
 
 
 @dataclass(frozen=True, eq=False)
