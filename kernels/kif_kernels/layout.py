@@ -118,7 +118,7 @@ class SiteTensors:
         self.sketch[slots], self.step[slots], self.length[slots], self.rest[slots] = sketched(detector)
 
     def check(self) -> None:
-        """Raise KernelError unless shapes, dtypes, device, layout and sets are as declared. Once, not for every call."""
+        """Raise KernelError unless shapes, dtypes, device, layout and sets are as declared. Not for every call."""
         if self.detector.dim() != 2 or self.basis.dim() != 3 or self.sets.dim() != 2 or self.sets.shape[1] == 0:
             raise KernelError("detector must be [S, D], basis [S, R, D] and sets [M, L] with L over 0")
         (slots, width), rank = self.detector.shape, self.basis.shape[1]
@@ -139,9 +139,11 @@ class SiteTensors:
             if tensor.device != self.detector.device or not tensor.is_contiguous():
                 raise KernelError(f"{name} must be contiguous and on {self.detector.device}, where detector is")
         row, place = (self.sets >= 0).nonzero(as_tuple=True)
-        if not torch.equal(self.place[row, self.sets[row, place].long()].long(), place) or (
-            self.place >= 0
-        ).sum() > len(row):
+        slot, inverse = self.sets[row, place].long(), torch.full_like(self.place, -1)
+        if (slot >= slots).any():
+            raise KernelError(f"sets name slots past the last, {slots - 1}")
+        inverse[row, slot] = place.int()
+        if not torch.equal(self.place, inverse):
             raise KernelError("place is not the inverse of sets; write capsule sets with write_set")
 
 
