@@ -49,11 +49,14 @@ def add_norm_suppress_kernel(
     row = tl.load(rows_ptr + batch)
     length, listed = to_look_at(token, row, count_ptr, sets_ptr, L, H)
     if length > 0:
-        x, fired = suppress_row(
+        x, fired, scale = suppress_row(
             x, token, row, length, listed, hits_ptr, hits_stride, found_ptr,
             detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
             D, W, R, L, H, CHUNK, BLOCK,
         )  # fmt: skip
+        if (fired == 0) & (scale != 1.0):  # read again: kept for this rare case, it would cost registers in all others
+            x = tl.load(hidden_at, mask=column < D, other=0.0, volatile=True).to(tl.float32)
+            x += tl.load(residual_at, mask=column < D, other=0.0, volatile=True).to(tl.float32)
     tl.store(residual_at, x.to(residual_ptr.dtype.element_ty), mask=column < D)
     normed = norm_row(x, weight_ptr, epsilon, ONE_PLUS, D, W)
     tl.store(hidden_at, normed.to(hidden_ptr.dtype.element_ty), mask=column < D)
@@ -77,7 +80,7 @@ def suppress_normed_kernel(
         column = tl.arange(0, W)
         residual_at = residual_ptr + batch * residual_batch_stride + position * residual_token_stride + column
         x = tl.load(residual_at, mask=column < D, other=0.0).to(tl.float32)
-        x, fired = suppress_row(
+        x, fired, scale = suppress_row(
             x, token, row, length, listed, hits_ptr, hits_stride, found_ptr,
             detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
             D, W, R, L, H, CHUNK, BLOCK,

@@ -19,16 +19,15 @@ from ..suppress.triton_screen import may_fire, places, widening
 def detect_kernel(
     x_ptr, residual_ptr, rows_ptr, tokens, positions,
     x_batch_stride, x_token_stride, residual_batch_stride, residual_token_stride,
-    detector_ptr, bias_ptr, k_ptr, tau_ptr, margin_ptr, used_ptr, place_ptr, widening, count_ptr, found_ptr,
+    detector_ptr, bias_ptr, k_ptr, tau_ptr, margin_ptr, place_ptr, widening, count_ptr, found_ptr,
     D: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    token = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    slot = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    token = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     batch, position = token // positions, token % positions
     row = tl.load(rows_ptr + batch, mask=token < tokens, other=-1).to(tl.int64)
-    used = tl.load(used_ptr)
-    member = (places(row, slot, used, place_ptr, S) >= 0).to(tl.int32)
+    member = (places(row, slot, place_ptr, S) >= 0).to(tl.int32)
     live, wanted = tl.max(member, 1) > 0, tl.max(member, 0) > 0
     if tl.max(live.to(tl.int32), 0) > 0:
         at, residual_at = x_ptr + batch * x_batch_stride + position * x_token_stride, None
@@ -38,11 +37,11 @@ def detect_kernel(
             at, residual_at, live, slot, wanted, detector_ptr, bias_ptr, k_ptr, tau_ptr, margin_ptr, widening,
             D, BLOCK_N, BLOCK_S, BLOCK_D, PRECISION,
         )  # fmt: skip
-        place = places(row, slot, used, place_ptr, S)  # again: kept, it would take the product's registers
+        place = places(row, slot, place_ptr, S)  # again: kept, it would take the product's registers
         listed = (may & (place >= 0)).to(tl.int32)
         here = tl.sum(listed, 1)
         if tl.max(here, 0) > 0:
-            first = tl.atomic_add(count_ptr + token, here, mask=here > 0)
+            first = tl.atomic_add(count_ptr + token, here, mask=here > 0, sem="relaxed")
             entry = first[:, None] + tl.cumsum(listed, 1) - 1
             tl.store(found_ptr + token[:, None] * H + entry, place, mask=(listed > 0) & (entry < H))
 
@@ -55,11 +54,12 @@ def detect(x: Tensor, rows: Tensor, site: SiteTensors, candidates: Candidates, r
         return
     slots, width = site.detector.shape
     config = tuned.tile_config("detect", tokens, x)
-    grid = (triton.cdiv(slots, config["BLOCK_S"]), triton.cdiv(tokens, config["BLOCK_N"]))
+    # tiles of tokens first: they share the detectors of a tile of signatures, which are then read from memory once
+    grid = (triton.cdiv(tokens, config["BLOCK_N"]), triton.cdiv(slots, config["BLOCK_S"]))
     with torch.cuda.device_of(x):
         detect_kernel[grid](
             x, residual, rows, tokens, positions, *strides, *((0, 0) if residual is None else tokens_of(residual)[2:]),
-            site.detector, site.bias, site.k, site.tau, site.margin, site.used, site.place,
+            site.detector, site.bias, site.k, site.tau, site.margin, site.place,
             widening(width, config["PRECISION"]), candidates.count, candidates.found,
             D=width, S=slots, H=candidates.found.shape[1], **config, **OPTIONS,
         )  # fmt: skip

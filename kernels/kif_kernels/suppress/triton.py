@@ -32,7 +32,7 @@ def suppress_token(
         column = tl.arange(0, W)
         at = x_ptr + batch.to(tl.int64) * batch_stride + (token % positions).to(tl.int64) * token_stride + column
         x = tl.load(at, mask=column < D, other=0.0).to(tl.float32)
-        x, fired = suppress_row(
+        x, fired, scale = suppress_row(
             x, token, row, length, listed, hits_ptr, hits_stride, found_ptr,
             detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, owner_ptr, sets_ptr,
             D, W, R, L, H, CHUNK, BLOCK,
@@ -72,10 +72,9 @@ def suppress_tile_kernel(
     at = x_ptr + batch * batch_stride + position * token_stride
     row = tl.load(rows_ptr + batch, mask=token < tokens, other=-1).to(tl.int64)
     may = tl.zeros((BLOCK_N,), tl.int32)
-    used = tl.load(used_ptr)
-    for start in range(0, used, BLOCK_S):
+    for start in range(0, tl.load(used_ptr), BLOCK_S):
         slot = start + tl.arange(0, BLOCK_S)
-        member = places(row, slot, used, place_ptr, S) >= 0
+        member = places(row, slot, place_ptr, S) >= 0
         live, wanted = tl.max(member.to(tl.int32), 1) > 0, tl.max(member.to(tl.int32), 0) > 0
         if tl.max(live.to(tl.int32), 0) > 0:
             found = member & may_fire(

@@ -43,12 +43,12 @@ def direction(slot, r, basis_ptr, D: tl.constexpr, W: tl.constexpr, R: tl.conste
 
 @triton.jit
 def gradient_row(
-    at, grad, token, row, length,
+    at, grad_at, token, row, length,
     detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, sets_ptr,
     D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to a token [W], grad [W] fp32 -> the gradient in it; RANK is R rounded up to a power of two."""
+    """Pointers [W] to a token and to the gradient in what becomes of it -> the gradient in it, [W] fp32."""
     column = tl.arange(0, W)
     x = tl.load(at, mask=column < D, other=0.0).to(tl.float32)
     scale, rms, v = normalise(x, D, W)
@@ -78,6 +78,7 @@ def gradient_row(
             total += a * p * u
         y -= total
 
+    grad = tl.load(grad_at, mask=column < D, other=0.0).to(tl.float32)
     through = tl.zeros((CHUNK,), tl.float32)
     waiting = tl.where(fires, place, -1)
     for turn in range(turns):
@@ -113,15 +114,18 @@ def suppress_backward_kernel(
     D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, H: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
+    """One token. grad and out are contiguous; RANK is R rounded up to a power of two."""
     token, column = tl.program_id(0), tl.arange(0, W)
     batch = token // positions
     row = tl.load(rows_ptr + batch)
     length, listed = to_look_at(token, row, None, sets_ptr, L, H)
-    grad = tl.load(grad_ptr + token.to(tl.int64) * D + column, mask=column < D, other=0.0).to(tl.float32)
-    if length > 0:
+    grad_at = grad_ptr + token.to(tl.int64) * D + column
+    if length == 0:
+        grad = tl.load(grad_at, mask=column < D, other=0.0).to(tl.float32)
+    else:
         at = x_ptr + batch.to(tl.int64) * batch_stride + (token % positions).to(tl.int64) * token_stride + column
         grad = gradient_row(
-            at, grad, token, row, length,
+            at, grad_at, token, row, length,
             detector_ptr, bias_ptr, k_ptr, tau_ptr, basis_ptr, target_ptr, strength_ptr, sets_ptr,
             D, W, R, L, CHUNK, BLOCK, RANK,
         )  # fmt: skip

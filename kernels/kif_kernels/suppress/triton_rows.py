@@ -124,7 +124,10 @@ def suppress_row(
     D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, L: tl.constexpr, H: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x [W] fp32 of one token -> (its new value, how many signatures fired), deciding on CHUNK at a time."""
+    """x [W] fp32 of one token -> (its new value, how many signatures fired, scale), deciding on CHUNK at a time.
+
+    Where none fired the value is x, but for a scale other than 1, which may have lost the smallest entries of it.
+    """
     scale, rms, v = normalise(x, D, W)
     y = x * scale
     fired, start, live = 0, 0, CHUNK
@@ -152,7 +155,7 @@ def suppress_row(
             y -= removed(y, scale, s, a, basis_ptr, target_ptr, D, W, R)
         fired += turns
         start += CHUNK
-    return tl.where(fired > 0, y * unscaling(scale), x), fired
+    return y * unscaling(scale), fired, scale
 
 
 @triton.jit

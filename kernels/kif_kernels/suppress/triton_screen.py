@@ -4,9 +4,9 @@ It only rules out: its floor lies under the gate's by more than every rounding d
 so no hit is missed, and what it lets through is decided again in fixed order.
 
 How far: `screening_margin` allows 2·γ_{D+32}·‖w‖√D for two fp32 sums in any order. Tensor cores are coarser. They read
-the operands as TF32, each up to 2⁻¹⁰ too small, which moves a product by at most 2⁻⁹·(1 + 2⁻¹¹), and they truncate
-instead of rounding, with as little as 22 bits kept in an addition: a γ four times as large where the margin counted it
-once. Together 2·γ·(1 + 1.5 + 2⁻¹⁰·(1 + 2⁻¹¹)/γ) at most; `widening` takes 3 + 2⁻⁹·⁹⁹/γ.
+the operands as TF32, each up to 2⁻¹⁰ too small, which moves a product by at most 2⁻⁹. And they cut instead of rounding:
+each addend, D products and a running sum for every four of them, by up to 2⁻²² of all that is added up. That is 5·γ
+where the margin counted one. Together at most 2·γ·(1 + 2 + 2⁻¹⁰/γ); `widening` takes 3 + 2⁻⁹·⁹⁹/γ.
 """
 
 import triton
@@ -59,7 +59,7 @@ def may_fire(
 
 
 @triton.jit
-def places(row, slot, used, place_ptr, S: tl.constexpr):
+def places(row, slot, place_ptr, S: tl.constexpr):
     """Capsule-set rows [n] or -1, slots [m] -> the place of each slot in each set, -1 where it is not in it."""
-    known = (row >= 0)[:, None] & (slot < used)[None, :]
+    known = (row >= 0)[:, None] & (slot < S)[None, :]
     return tl.load(place_ptr + row[:, None] * S + slot[None, :], mask=known, other=-1)

@@ -79,6 +79,20 @@ def test_where_nothing_fires_bits_are_those_of_an_empty_set(make_site, random_to
         assert (a != b).any(1)[~still].all()
 
 
+@pytest.mark.parametrize("bias", [-50.0, 50.0], ids=["none fires", "all fire"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_huge_tokens_lose_nothing(make_site, random_tokens, bias) -> None:
+    """They are worked on at 2⁻⁸⁰ of their size, where their smallest entries would vanish."""
+    site, rows = make_site(48, 5, SETS, bias=bias), torch.zeros(1, dtype=torch.int32)
+    hidden, residual = random_tokens(1, 48) * 1e17, torch.zeros(1, 48)
+    hidden[0, 3] = 1e-18
+    more = (rows, site, torch.ones(48), EPSILON, False, None)
+    _, ours = call(add_norm_suppress_, hidden, residual, *more, None)
+    _, theirs = call(reference.add_norm_suppress_, hidden, residual, *more)
+    assert torch.equal(ours, theirs)
+    assert (ours[0, 3] == hidden[0, 3]) == (bias < 0)
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_weight_multiplies_in_its_own_dtype(make_site, random_tokens, weight_dtype) -> None:
     hidden, residual = (random_tokens(4, 64, seed=s, dtype=torch.bfloat16) for s in (1, 2))
