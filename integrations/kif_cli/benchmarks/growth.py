@@ -21,6 +21,7 @@ from .measuring import Call, interleaved
 
 RANK, HEIGHT, RIDGE = 2, 6.0, 0.1
 PREFILL, WAYS, CONTEXT = 512, 12, 64
+OTHERS = 16 * PREFILL  # tokens whose states detectors are drawn for: many times the width
 Peer = Callable[[Tensor, SiteTensors], object]
 
 
@@ -50,8 +51,8 @@ def stages(model: Any, tokenizer: Any, blocks: Iterable[int]) -> list[Stage]:
 
 
 def other_states(model: Any, tokenizer: Any, block: int) -> Tensor:
-    """The states [T, D] of all further passages at a block, for drawing detectors."""
-    ids = _tokens(tokenizer)[PREFILL + WAYS * CONTEXT :]
+    """The states [T, D] of further passages at a block, for drawing detectors."""
+    ids = _tokens(tokenizer)[PREFILL + WAYS * CONTEXT :][:OTHERS]
     return torch.cat([_states(model, part[None], [block])[block][0] for part in ids.split(PREFILL)])
 
 
