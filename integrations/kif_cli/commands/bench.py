@@ -108,41 +108,12 @@ def _on_cpu(
 def _compiled(widths: list[int], peers: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     if peers:
         raise KifError("--against compares times; --compiled takes none")
-    from ..benchmarks.charts import bars
-    from ..benchmarks.measuring import circumstances
-
     try:
-        from kif_kernels import targets
+        from ..benchmarks import compiled
     except ImportError:
         raise KifError("--compiled needs triton; install it with: pip install triton") from None
-    builds = []
     with progress() as report:
-        for done, (name, gpu) in enumerate(targets.GPUS.items()):
-            for width in widths:
-                launches = targets.shipped(gpu, width)
-                for number, launch in enumerate(launches):
-                    report(number, len(launches), f"compiling for {name}, D {width}")
-                    builds.append(targets.build(launch, gpu))
-            report(done + 1, len(targets.GPUS), "targets")
-        counted = [targets.traffic(width, signatures) for width in widths for signatures in (1, 64)]
-    rows = targets.rows(builds)
-    fusion = [
-        {"width": b.launch.width, "target": b.gpu.name} | targets.fusion(b, traffic, tokens)
-        for b in builds
-        for traffic in counted
-        for tokens in (1, 256, 8192)
-        if b.launch.name == "add_norm_suppress, one capsule"
-        and (traffic.width, traffic.signatures) == (b.launch.width, 1)
-    ]
-    results = {
-        "circumstances": circumstances(),
-        "compiled": rows,
-        "traffic": [vars(t) | {"ratio": t.ratio} for t in counted],
-        "fusion": fusion,
-        "failures": [{"failure": line} for line in targets.failures(builds, counted)],
-    }
-    names = {f"{r['kernel']} D {r['width']} {r['target']}": float(r["registers"]) for r in rows}
-    return results, {"registers": bars("Registers", names, "per thread")}
+        return compiled.measured(widths, report)
 
 
 def _on_gpu(widths: list[int], peers: tuple[str, ...], rounds: int) -> tuple[dict[str, Any], dict[str, str]]:
