@@ -83,7 +83,8 @@ def test_rows_that_are_not_aligned_fail() -> None:
     assert any("16 bits" in line and "suppress/triton.py" in line for line in found)
 
 
-@pytest.mark.parametrize("width", [576, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [576, 4096])
 def test_one_capsule_moves_hardly_more_than_has_to_be_moved(width) -> None:
     counted = traffic(width, 1)
     assert counted.least == 4 * width * 2
