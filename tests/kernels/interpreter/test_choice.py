@@ -4,6 +4,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kif_kernels import Candidates, add_norm_suppress
 from kif_kernels.add_norm_suppress import triton as fused_kernels
@@ -95,3 +96,41 @@ def test_gradients_through_long_sets_are_left_to_the_reference_with_a_warning(
         ours = suppress._suppress_backward_gpu(grad, x, rows, *site.tensors)
     assert torch.equal(ours, reference.suppress_backward(grad, x, rows, site))
     assert not launched
+
+
+class Seen(TorchDispatchMode):
+    """Remembers every torch operation that reaches a backend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_neither_allocates_nor_reads_a_tensor(make_site, random_tokens, monkeypatch) -> None:
+    """All that a step does besides launching is to set the counts to 0 and to look at `hits` as bytes."""
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *_, **__: None
+
+    for module in (suppress_kernels, fused_kernels, detect_kernels):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Nothing())
+    site, rows, weight = make_site(16, 5, SETS), torch.zeros(64, dtype=torch.int32), torch.ones(16)
+    x, residual, hits, found = (
+        random_tokens(64, 16),
+        random_tokens(64, 16),
+        torch.zeros(64, 3).bool(),
+        Candidates.empty(64),
+    )
+    with Seen() as seen:
+        detect_kernels.detect(x, rows, site, found, residual)
+        for candidates in (None, found):
+            suppress_kernels.suppress_(x, rows, site, hits, candidates)
+            fused_kernels.add_norm_suppress_(x, residual, rows, site, weight, 1e-5, False, hits, candidates)
+            fused_kernels.suppress_normed_(x, residual, rows, site, weight, 1e-5, False, hits, candidates)
+    assert seen.names <= {"view", "detach", "zero_"}  # the first two make views
