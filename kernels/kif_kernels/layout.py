@@ -67,7 +67,8 @@ class SiteTensors:
         def full(shape: tuple[int, ...], value: float, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
 
-        site = cls(
+        _check_sizes(width, rank)
+        return cls(
             detector=full((signatures, width), 0),
             bias=full((signatures,), -inf),
             k=full((signatures,), inf),
@@ -85,8 +86,6 @@ class SiteTensors:
             sets=full((rows, set_length), -1, torch.int32),
             place=full((rows, signatures), -1, torch.int32),
         )
-        site.check()
-        return site
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -122,8 +121,7 @@ class SiteTensors:
         if self.detector.dim() != 2 or self.basis.dim() != 3 or self.sets.dim() != 2 or self.sets.shape[1] == 0:
             raise KernelError("detector must be [S, D], basis [S, R, D] and sets [M, L] with L over 0")
         (slots, width), rank = self.detector.shape, self.basis.shape[1]
-        if not 1 <= rank <= MAX_RANK or not 1 <= width <= MAX_WIDTH:
-            raise KernelError(f"rank {rank}, width {width}: expected ranks 1 to {MAX_RANK}, widths 1 to {MAX_WIDTH}")
+        _check_sizes(width, rank)
         shapes: dict[str, tuple[int, ...]] = {
             "detector": (slots, width), "sketch": (slots, width), "basis": (slots, rank, width),
             "target": (slots, rank), "used": (1,), "sets": tuple(self.sets.shape), "place": (self.sets.shape[0], slots),
@@ -168,6 +166,11 @@ class Candidates:
     def first(self, tokens: int) -> Self:
         """The same buffers for a step of fewer tokens: views, at the same addresses."""
         return type(self)(self.count[:tokens], self.found[:tokens])
+
+
+def _check_sizes(width: int, rank: int) -> None:
+    if not 1 <= rank <= MAX_RANK or not 1 <= width <= MAX_WIDTH:
+        raise KernelError(f"rank {rank}, width {width}: expected ranks 1 to {MAX_RANK}, widths 1 to {MAX_WIDTH}")
 
 
 SITE_ARGUMENTS = ", ".join(f"Tensor {field.name}" for field in fields(SiteTensors))
