@@ -85,7 +85,7 @@ def plainly(model, *lists):
         tensors.used.fill_(len(own))
         for row, each in enumerate(lists):
             slots = [i for i, (id, _) in enumerate(own) if id in {c.id for c in each}]
-            tensors.sets[row, : len(slots)] = torch.tensor(slots, dtype=torch.int32)
+            tensors.write_set(row, slots)
 
         def hook(module, args, output, tensors=tensors):
             x = output[0] if isinstance(output, tuple) else output

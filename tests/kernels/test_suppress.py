@@ -131,7 +131,7 @@ def test_rows_without_a_set_are_not_written_even_where_they_would_fire(make_site
 def test_free_slots_cannot_fire(make_site) -> None:
     site = make_site(16, 0, [[]], free=4)
     x, before = (t.clone() for t in [tokens(9, 16)] * 2)
-    site.sets[0, 0] = 2  # a stale set that still names one
+    site.write_set(0, [2])  # a stale set that still names one
     suppress_(x, torch.zeros(9, dtype=torch.int32), site)
     assert torch.equal(x, before)
     assert torch.equal(scores(x, site), torch.full((9, 4), -torch.inf))
@@ -244,3 +244,15 @@ def test_a_site_of_wrong_tensors_is_refused(make_site, field) -> None:
     wrong = {name: getattr(site, name) for name in site.__dataclass_fields__} | {field: torch.zeros(3, 3, 3, 3)}
     with pytest.raises(KernelError):
         SiteTensors(**wrong).check()
+
+
+def test_a_capsule_set_written_without_its_inverse_is_refused(make_site) -> None:
+    site = make_site(16, 5, [[4, 1], []])
+    for sets in ([4, 1, 2], [1, 4, -1], [4, -1, -1]):
+        again = SiteTensors.empty(width=16, signatures=7, rank=4, rows=2, set_length=3)
+        again.write_set(0, [4, 1])
+        again.check()
+        again.sets[0] = torch.tensor(sets)
+        with pytest.raises(KernelError, match="write_set"):
+            again.check()
+    site.check()
