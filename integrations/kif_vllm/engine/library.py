@@ -47,7 +47,7 @@ class Library:
             raise KifError(f"cannot read the capsule directory: {failure.strerror}; is it still there?") from None
 
     def read(self, name: str) -> Capsule:
-        """The capsule in the file `name` of the directory. Raises CapsuleError, which names the file and nothing else."""
+        """The capsule in the file `name` of the directory. Raises CapsuleError."""
         if name != os.path.basename(name) or not name.endswith(SUFFIX) or name.startswith(".") or "\0" in name:
             raise CapsuleError(f"a capsule is loaded by the name of a {SUFFIX} file in the server's directory, no path")
         path = self.folder / name

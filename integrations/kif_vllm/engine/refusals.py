@@ -21,7 +21,6 @@ def refuse_what_is_not_proven(config: Any) -> None:
         ),
         (parallel.enable_elastic_ep, "elastic expert parallelism: ranks come and go"),
         (config.cache_config.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill: later blocks see fewer tokens"),
-        (config.compilation_config.pass_config.enable_sp, "sequence parallelism: a rank sees a part of each residual"),
     ):
         if wrong:
             raise ModelError(f"KIF does not serve with {what}; switch it off, or serve without KIF")

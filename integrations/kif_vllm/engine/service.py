@@ -42,7 +42,7 @@ class Service:
         found = self._rpc(install.install, self.room, {"op": OP_VERSION, "sites": list(self.room.sites)})
         if set(self.room.sites) != {site for sites in found for site in sites}:
             raise KifError(f"sites {self.room.sites} were asked for, the workers have {found}; nothing is served")
-        self._change(load=capsules)
+        self._change(load=capsules, in_flight="finish")  # there is no scheduler yet, and no request
         log.info("KIF: %d capsules, %d mandatory, sites %s", len(capsules), len(self.ledger.mandatory), self.room.sites)
 
     # -- requests
@@ -146,9 +146,8 @@ class Service:
         aborted = self._abort(self.ledger.touched_by(replaced)) if chosen == "abort" else 0
         self.retire()
         digests = [digest_of(current[c.id])[:12] for c in load] + [digest_of(before[id])[:12] for id in unload]
-        return {
-            "generation": self.ledger.generation, "ids": ids, "digests": digests, "in_flight": chosen, "aborted": aborted,
-        }  # fmt: skip
+        done = {"ids": ids, "digests": digests, "in_flight": chosen, "aborted": aborted}
+        return done | {"generation": self.ledger.generation}
 
     def apply(self, change: Change) -> None:
         answers = self._rpc(install.apply, change)

@@ -27,7 +27,7 @@ def install(worker: Any, room: Room, stamp: dict[str, Any]) -> list[int]:
     """
     runner, worker = _runner(worker), _inner(worker)
     config, model = worker.vllm_config, runner.get_model()
-    config.additional_config["kif"] = config.additional_config["kif"] | {"stamp": stamp}
+    config.additional_config["kif_stamp"] = stamp
     suppression = runner.kif = Suppression(room, runner.device)
     compiled = bool(config.compilation_config.mode)
     place = place_of(model)
