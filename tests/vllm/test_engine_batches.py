@@ -90,7 +90,7 @@ def test_prompts_cut_into_chunks_fire_as_whole_ones(served, alone, tokens):
 
 def test_preempted_requests_are_computed_again_under_their_sets(engine, mined, alone):
     """Room for a few requests' KV only, so that some are thrown out in the middle and come back."""
-    small = engine({"capsules": mined, "mandatory": []}, num_gpu_blocks_override=12, max_num_batched_tokens=512)
+    small = engine({"capsules": mined, "mandatory": []}, num_gpu_blocks_override=12, max_model_len=256)
     requests = [(prompt, ids, 60) for prompt, ids, _ in workload(2, 16)]
     preempted, inner = [], small.core.scheduler._preempt_request
 

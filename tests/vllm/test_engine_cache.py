@@ -154,3 +154,14 @@ def test_versions_leave_the_workers_when_their_last_request_is_gone(served, ques
     assert not any(name.startswith("mexico+") for name in served.worker.bank.capsules)
     served.command("load", name="mexico.kif.safetensors")
     assert served.command("status")["result"]["requests"] == 0
+
+
+def test_a_capsule_that_comes_back_while_its_last_request_is_leaving_is_there(served, question):
+    """The request that keeps the unloaded version alive ends between the unload and the load."""
+    prompt = question(FRANCE)
+    held = served.core.kif.ledger.freeze("still running", ["france"])
+    served.command("unload", id="france")
+    assert any(name in served.worker.bank.capsules for name in held.extra)
+    served.core.kif.ledger.release("still running")
+    served.command("load", name="france.kif.safetensors")
+    assert "Paris" not in one(served, prompt, ["france"]).text

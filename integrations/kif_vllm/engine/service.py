@@ -130,11 +130,11 @@ class Service:
         load, unload = list(load), list(unload)
         for capsule in load:
             self._check_sites(capsule)
+        self.retire()  # first: what it lets go, and this change brings back, must be sent to the workers again
         before = self.ledger.current
         current, base, versions = self.ledger.preview(load, unload)
         new = {version(c.id, c.digest): c for c in load}
         new = {name: capsule for name, capsule in new.items() if name not in self.held}
-        self.retire()
         self.apply(Change(tuple(new.values()), () if self.ledger.knows_base(base) else ((base, versions),)))
         self.held |= new
         mandatory = set(self.ledger.mandatory)
