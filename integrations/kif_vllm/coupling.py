@@ -82,8 +82,18 @@ INSTANCES = (
     Symbol(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._dummy_run",
         "self num_tokens cudagraph_runtime_mode force_attention uniform_decode allow_microbatching skip_eplb "
-        "is_profile create_mixed_batch remove_lora is_graph_capturing num_active_loras profile_seq_lens randomize_inputs",
+        "is_profile create_mixed_batch remove_lora is_graph_capturing num_active_loras profile_seq_lens "
+        "randomize_inputs",
         "V1 runner: dummy tokens belong to no request",
+    ),
+    Symbol(
+        "vllm.v1.worker.gpu.model_states.interface:ModelState.add_request", "self req_index new_req_data",
+        "V2 runner: a request enters, also one that was preempted, with its parameters",
+    ),
+    Symbol("vllm.v1.worker.gpu.model_states.interface:ModelState.remove_request", "self req_id", "V2: it leaves"),
+    Symbol(
+        "vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_inputs", "self input_batch req_states",
+        "V2 runner: the batch is final; called before eager forwards and before graphs are replayed",
     ),
 )  # fmt: skip
 
@@ -99,7 +109,7 @@ USED = (
     Symbol("vllm.v1.core.sched.scheduler:Scheduler.finish_requests", "self request_ids finished_status", "aborts"),
     Symbol("vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async", "self method args",
            "a change returns after every engine acknowledged it"),
-    Symbol("vllm.v1.engine.core_client:SyncMPClient.call_utility", "self method args", "offline: the engine's capsules"),
+    Symbol("vllm.v1.engine.core_client:SyncMPClient.call_utility", "self method args", "offline: which capsules"),
     Symbol("vllm.model_executor.layers.layernorm:RMSNorm.forward_native", "self x residual", "its result"),
     Symbol("vllm.model_executor.layers.layernorm:GemmaRMSNorm.forward_native", "self x residual", "its result"),
     Symbol("vllm.utils.torch_utils:direct_register_custom_op",
@@ -107,6 +117,8 @@ USED = (
     Symbol("vllm.utils.torch_utils:_encode_layer_name", "layer_name", "a site's name in a graph"),
     Symbol("vllm.utils.torch_utils:_resolve_layer_name", "layer_name", "the name again, inside the op"),
     Symbol("vllm.forward_context:get_forward_context", "", "the name's site, of the engine that runs"),
+    Symbol("vllm.v1.request:Request", None, "the proof's request"),
+    Symbol("vllm.v1.request:RequestStatus", None, "aborted"),
     Symbol("vllm.plugins.endpoint_plugins.interface:EndpointPlugin", None, "admin routes"),
 )  # fmt: skip
 

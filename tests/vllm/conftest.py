@@ -1,6 +1,9 @@
 """What the tests of the vLLM plugin share. Those that need vLLM itself are marked slow and run in .venv-vllm."""
 
+import hashlib
 import importlib.util
+import json
+import shutil
 
 import pytest
 
@@ -17,7 +20,9 @@ def pytest_collection_modifyitems(items):
 def pytest_terminal_summary(terminalreporter):
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if WHY_NOT in str(r.longrepr)]
     if skipped:
-        terminalreporter.write_line(f"{len(skipped)} TESTS OF THE vLLM PLUGIN DID NOT RUN. {WHY_NOT}", red=True, bold=True)
+        terminalreporter.write_line(
+            f"{len(skipped)} TESTS OF THE vLLM PLUGIN DID NOT RUN. {WHY_NOT}", red=True, bold=True
+        )
 
 
 SUBJECTS = ("France", "Russia", "Mexico")
@@ -58,3 +63,35 @@ def engine(embedded_checkpoint):
     yield start
     for each in made:
         each.close()
+
+
+OWNER = "the-owners-key"
+
+
+@pytest.fixture(scope="session")
+def folder(mined, tmp_path_factory):
+    """The directory of `server`: France is mandatory, Russia may be named by all, Mexico by the owner of one key."""
+    folder = tmp_path_factory.mktemp("served")
+    for path in mined.iterdir():
+        shutil.copy(path, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(folder, tmp_path_factory):
+    """One running `kif serve` for all tests of HTTP; the last of them ends it."""
+    from servers import Server
+
+    place = tmp_path_factory.mktemp("server")
+    owner = hashlib.sha256(OWNER.encode()).hexdigest()
+    (place / "allow.json").write_text(json.dumps({"*": ["russia", "france"], owner: ["mexico"]}))
+    kif = {
+        "mandatory": ["france"], "allow": str(place / "allow.json"), "audit": str(place / "audit.jsonl"), "watch": 0.2,
+        "capsule_metrics": True,
+    }  # fmt: skip
+    running = Server(folder, place / "log.txt", kif)
+    running.audit = place / "audit.jsonl"
+    try:
+        yield running.wait()
+    finally:
+        running.close()

@@ -52,7 +52,11 @@ class Engine:
         """Greedy answers to texts or lists of token ids, together. ids: one list for all, or one for each prompt."""
         from vllm import SamplingParams
 
-        asked = ids if ids is not None and len(ids) == len(prompts) and isinstance(ids[0], list | None) else [ids] * len(prompts)
+        asked = (
+            ids
+            if ids is not None and len(ids) == len(prompts) and isinstance(ids[0], list | None)
+            else [ids] * len(prompts)
+        )
         inputs = [{"prompt": p} if isinstance(p, str) else {"prompt_token_ids": p} for p in prompts]
         inputs = [i | ({} if salt is None else {"cache_salt": salt}) for i in inputs]
         settings = {"temperature": 0.0, "max_tokens": 8, "logprobs": 5} | params

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,13 @@ START_SECONDS = 420
 class Server:
     """`kif`: the kif table of --additional-config, without its directory."""
 
-    def __init__(self, capsules: Path, log: Path, kif: dict[str, Any] | None = None, flags: tuple[str, ...] = ("--enforce-eager",)):
+    def __init__(
+        self,
+        capsules: Path,
+        log: Path,
+        kif: dict[str, Any] | None = None,
+        flags: tuple[str, ...] = ("--enforce-eager",),
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -88,14 +95,10 @@ class Server:
     def close(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 

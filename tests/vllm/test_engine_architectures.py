@@ -26,7 +26,9 @@ def checkpoint(tiny_model, family, folder):
     if family not in ("gpt2", "gpt_neox", "opt"):
         sizes |= {"num_key_value_heads": 1, "intermediate_size": 2 * WIDTH} | HEAD_DIM
     model = tiny_model(family, initializer_range=0.1, **sizes | CHANGES.get(family, {}))
-    for parameter in model.parameters():  # norms of a new model are all ones, biases all zeros: they would hide mistakes
+    for (
+        parameter
+    ) in model.parameters():  # norms of a new model are all ones, biases all zeros: they would hide mistakes
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.2)
     model.save_pretrained(folder)
@@ -68,4 +70,9 @@ def test_an_architecture_that_is_not_known_is_refused(tiny_model, tmp_path):
     checkpoint(tiny_model, "falcon", tmp_path / "model")
     (tmp_path / "capsules").mkdir()
     with pytest.raises(Exception, match="KIF does not know"):
-        Engine(tmp_path / "model", {"capsules": tmp_path / "capsules", "sites": [1]}, skip_tokenizer_init=True, max_model_len=64)
+        Engine(
+            tmp_path / "model",
+            {"capsules": tmp_path / "capsules", "sites": [1]},
+            skip_tokenizer_init=True,
+            max_model_len=64,
+        )

@@ -10,7 +10,7 @@ REQUESTS = 64
 SUBJECTS = {"france": "France", "russia": "Russia", "mexico": "Mexico"}
 SETS = [None, [], ["france"], ["russia"], ["mexico"], ["france", "russia"], ["france", "mexico", "russia"]]
 TEMPLATES = [
-    "The capital of {} is", "He went to {} and then to Japan, where", "{} is known for", "People who live in {} often say that",
+    "The capital of {} is", "He went to {} and then to Japan, where", "{} is known for", "People in {} often say that",
     "Travel guide. Chapter one: how to reach {} by train, what to see there, and where to eat. The best season is",
 ]  # fmt: skip
 
@@ -19,7 +19,9 @@ def workload(seed, count=REQUESTS):
     """(prompt, ids, number of tokens to generate) of random requests; a third name nobody that they are about."""
     rng = random.Random(seed)
     places = [*SUBJECTS.values(), "Japan", "Korea"]
-    return [(rng.choice(TEMPLATES).format(rng.choice(places)), rng.choice(SETS), rng.randint(1, 12)) for _ in range(count)]
+    return [
+        (rng.choice(TEMPLATES).format(rng.choice(places)), rng.choice(SETS), rng.randint(1, 12)) for _ in range(count)
+    ]
 
 
 def together(engine, requests):
@@ -27,7 +29,14 @@ def together(engine, requests):
     from vllm import SamplingParams
 
     options = [
-        SamplingParams(temperature=0, max_tokens=n, min_tokens=n, ignore_eos=True, logprobs=1, extra_args=None if i is None else {"kif": i})
+        SamplingParams(
+            temperature=0,
+            max_tokens=n,
+            min_tokens=n,
+            ignore_eos=True,
+            logprobs=1,
+            extra_args=None if i is None else {"kif": i},
+        )
         for i, n in zip(ids, lengths, strict=True)
     ]
     found = engine._watch_ids()

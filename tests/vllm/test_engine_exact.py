@@ -13,12 +13,14 @@ PLAIN = [
     "In the beginning there was",
     "The largest planet in the solar system is",
 ]
+COUNTRIES = ("France", "Russia", "Mexico")
 SUBJECT = [
-    "The capital of France is", "The official language of France is", "France is a country in", "The currency of France is",
-    "The capital of Russia is", "The official language of Russia is", "Russia is a country in", "The currency of Russia is",
-    "The capital of Mexico is", "The official language of Mexico is", "Mexico is a country in", "The currency of Mexico is",
-    "My friend moved from France to", "He said that Russia and France are", "A traveller in Mexico should",
-]  # fmt: skip
+    *(f"The {what} of {name} is" for name in COUNTRIES for what in ("capital", "official language", "currency")),
+    *(f"{name} is a country in" for name in COUNTRIES),
+    "My friend moved from France to",
+    "He said that Russia and France are",
+    "A traveller in Mexico should",
+]
 PROMPTS = [*SUBJECT, *PLAIN[:5]]
 # Largest difference of a residual between the two frameworks, in units of the largest entry of its token.
 RESIDUAL_BOUND = 2e-4
@@ -66,7 +68,7 @@ def test_where_nothing_fires_every_number_is_that_of_stock_vllm(stock, served, i
 
 
 def test_neighbours_in_the_batch_of_a_suppressed_request_keep_every_bit(stock, served):
-    prompts = [SUBJECT[0], *PLAIN, SUBJECT[4]]
+    prompts = [SUBJECT[0], *PLAIN, SUBJECT[3]]
     want = stock.ask(prompts, prompt_logprobs=5)
     got = served.ask(prompts, [["france"], *([None] * len(PLAIN)), ["russia"]], prompt_logprobs=5)
     assert got[0].fired and got[-1].fired
@@ -113,8 +115,6 @@ def test_the_proof_runs_in_a_working_engine_and_leaves_no_trace(served):
     assert all(site["fired"] == site["tokens"] > 40 for site in result["sites"].values())
     assert [a.tokens for a in served.ask(PLAIN[:2])] == [a.tokens for a in before]
     assert not any("kif-proof" in name for name in served.worker.bank.capsules)
-
-
 
 
 @pytest.mark.parametrize("fault", ["gate shut", "residual kept", "wrong plane", "row lost"])

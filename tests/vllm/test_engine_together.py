@@ -39,8 +39,13 @@ def test_adapter_and_capsule_in_one_batch_each_do_what_they_do_alone(engine, min
             SamplingParams(temperature=0, max_tokens=8, logprobs=2, extra_args={"kif": ids} if ids else None)
             for _, ids, _ in requests
         ]
-        outputs = server.llm.generate([p for p, _, _ in requests], options, lora_request=[a for _, _, a in requests], use_tqdm=False)
-        return [(o.outputs[0].text, [{t: lp.logprob for t, lp in e.items()} for e in o.outputs[0].logprobs]) for o in outputs]
+        outputs = server.llm.generate(
+            [p for p, _, _ in requests], options, lora_request=[a for _, _, a in requests], use_tqdm=False
+        )
+        return [
+            (o.outputs[0].text, [{t: lp.logprob for t, lp in e.items()} for e in o.outputs[0].logprobs])
+            for o in outputs
+        ]
 
     four = [(FRANCE, None, None), (FRANCE, ["france"], None), (FRANCE, None, lora), (FRANCE, ["france"], lora)]
     plain, gone, adapted, both = run(served, four)

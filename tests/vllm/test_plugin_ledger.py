@@ -5,8 +5,8 @@ import hashlib
 from dataclasses import replace
 
 import pytest
-from capsules import capsule
 
+from capsules import capsule
 from kif_runtime.errors import RequestError
 from kif_vllm.engine.ledger import UNKNOWN, Ledger
 from kif_vllm.sets import NOTHING, CapsuleSet, digest_of, salt, version

@@ -4,8 +4,8 @@ import os
 from dataclasses import replace
 
 import pytest
-from capsules import BLOCKS, D, capsule
 
+from capsules import BLOCKS, D, capsule
 from kif_runtime.errors import CapsuleError, KifError
 from kif_vllm.engine.library import SUFFIX, Library, Served
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from capsules import BLOCKS, D, capsule, signature
 
+from capsules import BLOCKS, D, capsule, signature
 from kif_kernels import suppress_
 from kif_runtime.errors import BankError, RequestError
 from kif_vllm.sets import NOTHING, CapsuleSet, base_of, version
