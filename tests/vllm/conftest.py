@@ -65,9 +65,6 @@ def engine(embedded_checkpoint):
         each.close()
 
 
-OWNER = "the-owners-key"
-
-
 @pytest.fixture(scope="session")
 def folder(mined, tmp_path_factory):
     """The directory of `server`: France is mandatory, Russia may be named by all, Mexico by the owner of one key."""
@@ -80,7 +77,7 @@ def folder(mined, tmp_path_factory):
 @pytest.fixture(scope="session")
 def server(folder, tmp_path_factory):
     """One running `kif serve` for all tests of HTTP; the last of them ends it."""
-    from servers import Server
+    from servers import OWNER, Server
 
     place = tmp_path_factory.mktemp("server")
     owner = hashlib.sha256(OWNER.encode()).hexdigest()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ADMIN = "admin-key-of-the-tests"
+OWNER = "the-owners-key"  # of a key that the allow-list gives more than others
 FLAGS = [
     "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64", "--block-size", "32",
     "--seed", "0", "--served-model-name", "m",

@@ -5,8 +5,7 @@ import threading
 import time
 
 import pytest
-from conftest import OWNER
-from servers import ADMIN
+from servers import ADMIN, OWNER
 
 pytestmark = pytest.mark.slow
 

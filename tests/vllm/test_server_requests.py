@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from conftest import OWNER
+from servers import OWNER
 
 from kif_vllm.engine.ledger import UNKNOWN
 
