@@ -1,0 +1,118 @@
+"""Compiled models and tensor parallelism, on a small random Llama: the site is one operator of the graph."""
+
+import json
+
+import pytest
+import torch
+from engines import Engine
+
+from kif_runtime import Capsule, Signature
+from kif_runtime.fingerprint import fingerprint
+
+pytestmark = pytest.mark.slow
+
+WIDTH, BLOCKS, SITE = 64, 4, 1
+TOKENS = [5, 9, 33, 71, 8, 12, 99, 100, 3, 64, 27, 45]
+PLAIN = {"skip_tokenizer_init": True, "max_model_len": 64, "max_num_seqs": 8}
+
+
+@pytest.fixture(scope="module")
+def small(tiny_model, tmp_path_factory):
+    """(folder of a checkpoint, its Hugging Face model, a directory with one capsule that fires on half of its tokens)."""
+    place = tmp_path_factory.mktemp("small")
+    sizes = {
+        "hidden_size": WIDTH,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "intermediate_size": 128,
+    }
+    model = tiny_model("llama", initializer_range=0.1, tie_word_embeddings=False, **sizes)
+    model.save_pretrained(place / "model")
+    rng = torch.Generator().manual_seed(5)
+    basis = torch.linalg.qr(torch.randn(WIDTH, 3, generator=rng, dtype=torch.float64))[0].T.float().contiguous()
+    detector = torch.randn(WIDTH, generator=rng)
+    signature = Signature(SITE, "last", detector, torch.tensor(0.0), basis, torch.zeros(3), torch.tensor(1.0))
+    (place / "capsules").mkdir()
+    capsule = Capsule("half", (signature,), fingerprint(model), WIDTH, BLOCKS)
+    capsule.save(place / "capsules" / "half.kif.safetensors")
+    return place, model, capsule
+
+
+def ask(engine, ids=None, **more):
+    settings = {"max_tokens": 12, "min_tokens": 12, "ignore_eos": True, "detokenize": False, "logprobs": 5} | more
+    return engine.ask([TOKENS, TOKENS[::-1], TOKENS[3:]], ids, **settings)
+
+
+def numbers(answers):
+    return [(a.tokens, a.logprobs) for a in answers]
+
+
+def distance(answers, others):
+    return max(
+        abs(p[t] - q.get(t, p[t]))
+        for a, b in zip(answers, others, strict=True)
+        for p, q in zip(a.logprobs, b.logprobs, strict=True)
+        for t in p
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(small):
+    engine = Engine(
+        small[0] / "model", {"capsules": small[0] / "capsules", "mandatory": []}, enforce_eager=False, **PLAIN
+    )
+    yield engine
+    engine.close()
+
+
+def test_a_compiled_model_suppresses_as_hugging_face_does(small, compiled):
+    from kif_hf import attach
+
+    _, model, capsule = small
+    with attach(model, [capsule]) as kif:
+        for answer, tokens in zip(ask(compiled, ["half"]), [TOKENS, TOKENS[::-1], TOKENS[3:]], strict=True):
+            kif.reset()
+            out = model.generate(
+                torch.tensor([tokens]),
+                max_new_tokens=12,
+                min_new_tokens=12,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            assert list(answer.tokens) == out[0, len(tokens) :].tolist()
+            assert answer.fired == kif.fired
+            assert 0 < answer.fired["half"] < len(tokens) + 11
+
+
+def test_an_idle_compiled_model_equals_one_with_an_empty_bank_bit_for_bit(small, compiled, tmp_path):
+    """The distance to stock vLLM, whose graph is another, is measured and small."""
+    empty = Engine(small[0] / "model", {"capsules": tmp_path, "sites": [SITE]}, enforce_eager=False, **PLAIN)
+    stock = Engine(small[0] / "model", None, enforce_eager=False, **PLAIN)
+    try:
+        idle, none, bare = ask(compiled), ask(empty), ask(stock)
+        assert numbers(idle) == numbers(none)
+        print(
+            json.dumps({"compiled, idle, against stock: largest difference of log-probabilities": distance(idle, bare)})
+        )
+        assert distance(idle, bare) < 1e-4
+    finally:
+        empty.close()
+        stock.close()
+
+
+def test_capsules_come_and_go_without_another_compilation(small, compiled):
+    from torch._dynamo.utils import counters
+
+    before, graphs = numbers(ask(compiled, ["half"])), counters["stats"]["unique_graphs"]
+    compiled.command("unload", id="half")
+    plain = numbers(ask(compiled))
+    compiled.command("load", name="half.kif.safetensors")
+    assert numbers(ask(compiled, ["half"])) == before != plain
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_the_proof_covers_the_compiled_graph(compiled):
+    site = compiled.command("verify")["result"]["sites"][SITE]
+    assert site["fired"] == site["tokens"] > 40
