@@ -105,20 +105,23 @@ class Library:
             return 0, 0, 0
 
 
-def served_model(folder: str, base: str | None, width: int, blocks: int) -> Served:
-    """What the capsules of a server must fit. `base` names the checkpoint they were mined on, if it is another."""
+def served_model(name: str, base: str | None, width: int, blocks: int, revision: str | None = None) -> Served:
+    """What the capsules of a server must fit: the model `name`, a folder or hub id, with its revision.
+
+    base: the checkpoint that capsules were mined on, if it is another. Raises KifError where neither can be read.
+    """
     from kif_runtime.fingerprint import checkpoint_fingerprint
 
-    return Served(checkpoint_fingerprint(_local(base or folder)), width, blocks)
+    return Served(checkpoint_fingerprint(_local(base) if base else _local(name, revision)), width, blocks)
 
 
-def _local(name: str) -> Path:
+def _local(name: str, revision: str | None = None) -> Path:
     """The folder of a model that vLLM has loaded, by path or hub id."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (OSError, ValueError) as problem:
         raise KifError(f"cannot find the checkpoint of {name!r} on this machine to identify it: {problem}") from None

@@ -32,7 +32,9 @@ class Service:
         model = vllm.model_config
         self.library = Library(
             config.capsules,
-            served_model(model.model, config.base, model.get_hidden_size(), model.get_total_num_hidden_layers()),
+            served_model(
+                model.model, config.base, model.get_hidden_size(), model.get_total_num_hidden_layers(), model.revision
+            ),
         )
         capsules = self.library.read_all()
         self.ledger = Ledger(config.mandatory)

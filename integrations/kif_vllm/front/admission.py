@@ -5,6 +5,7 @@ in it makes the front end ask again, so that a capsule loaded through another AP
 """
 
 import hashlib
+import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -16,6 +17,8 @@ from ..engine.ledger import UNKNOWN
 from ..sets import KEY
 
 Inner = Callable[..., Any]
+
+FRESH = 0.1  # seconds for which an answer of the engine is good
 
 caller: ContextVar[str | None] = ContextVar("kif_caller", default=None)
 """SHA-256, in hex, of the API key that the running HTTP request came with."""
@@ -31,9 +34,12 @@ class Admission:
         self.config = config
         self.allowed = None if config.allow is None else read_allowed(config.allow)
         self.ids: frozenset[str] = frozenset()
+        self._learned = -FRESH
 
     def learn(self, status: dict[str, Any]) -> None:
+        """What the engine says now."""
         self.ids = frozenset(capsule["id"] for capsule in status["capsules"])
+        self._learned = time.monotonic()
 
     def asked(self, params: Any) -> list[str]:
         """The ids that a request names. Raises RequestError for anything but a short list of texts."""
@@ -55,8 +61,8 @@ class Admission:
             raise RequestError(UNKNOWN)
 
     def is_stale(self, params: Any) -> bool:
-        """Whether the engine should be asked again before `check`."""
-        return any(id not in self.ids for id in self.asked(params))
+        """Whether the engine should be asked again before `check`; not so often that unknown ids could keep it busy."""
+        return any(id not in self.ids for id in self.asked(params)) and time.monotonic() - self._learned >= FRESH
 
     def check_input(self, request: Any) -> None:
         """Raise RequestError for input in which names cannot be recognised, unless the server lets it in."""
