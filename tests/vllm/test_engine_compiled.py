@@ -18,7 +18,7 @@ PLAIN = {"skip_tokenizer_init": True, "max_model_len": 64, "max_num_seqs": 8}
 
 @pytest.fixture(scope="module")
 def small(tiny_model, tmp_path_factory):
-    """(folder of a checkpoint, its Hugging Face model, a directory with one capsule that fires on half of its tokens)."""
+    """(folder with "model" and "capsules", the Hugging Face model, its one capsule, which fires on half of all tokens)."""
     place = tmp_path_factory.mktemp("small")
     sizes = {
         "hidden_size": WIDTH,

@@ -32,7 +32,6 @@ REGISTRY = {
     "Gemma2ForCausalLM": _NORM,
     "Gemma3ForCausalLM": _NORM,
     "GPT2LMHeadModel": Place("transformer.h"),
-    "GPTNeoXForCausalLM": Place("gpt_neox.layers"),
     "OPTForCausalLM": Place("model.decoder.layers"),
 }
 _NORM_CLASSES = ("RMSNorm", "GemmaRMSNorm")
