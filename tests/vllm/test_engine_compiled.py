@@ -18,7 +18,7 @@ PLAIN = {"skip_tokenizer_init": True, "max_model_len": 64, "max_num_seqs": 8}
 
 @pytest.fixture(scope="module")
 def small(tiny_model, tmp_path_factory):
-    """(folder with "model" and "capsules", the Hugging Face model, its one capsule, which fires on half of all tokens)."""
+    """(a folder with model and capsules, the Hugging Face model, its one capsule: it fires on half of all tokens)."""
     place = tmp_path_factory.mktemp("small")
     sizes = {
         "hidden_size": WIDTH,
@@ -32,7 +32,10 @@ def small(tiny_model, tmp_path_factory):
     rng = torch.Generator().manual_seed(5)
     basis = torch.linalg.qr(torch.randn(WIDTH, 3, generator=rng, dtype=torch.float64))[0].T.float().contiguous()
     detector = torch.randn(WIDTH, generator=rng)
-    signature = Signature(SITE, "last", detector, torch.tensor(0.0), basis, torch.zeros(3), torch.tensor(1.0))
+    with torch.no_grad():
+        states = model(torch.randint(3, 128, (8, 32), generator=rng), output_hidden_states=True).hidden_states[SITE + 1]
+    bias = -((states / states.square().mean(-1, keepdim=True).sqrt()) @ detector).median()
+    signature = Signature(SITE, "last", detector, bias, basis, torch.zeros(3), torch.tensor(1.0))
     (place / "capsules").mkdir()
     capsule = Capsule("half", (signature,), fingerprint(model), WIDTH, BLOCKS)
     capsule.save(place / "capsules" / "half.kif.safetensors")

@@ -59,16 +59,15 @@ def test_adapter_and_capsule_in_one_batch_each_do_what_they_do_alone(engine, min
     assert [run(served, [request])[0][0] for request in four] == [plain[0], gone[0], adapted[0], both[0]]
 
 
-def test_speculation_by_ngrams_changes_no_more_than_in_stock_vllm(engine, mined):
-    """Greedy text is what it is without speculation, for plain requests as in stock vLLM and for suppressed ones."""
+def test_speculation_by_ngrams_changes_no_text_and_no_gate(engine, mined):
+    """Last in this process: once its proposer has loaded numba, vLLM 0.32 cannot make another engine here."""
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
     prompts = [FRANCE, JAPAN, "one two three one two three one two three one", "The official language of Mexico is"]
-    plain = engine({"capsules": mined, "mandatory": ["france"]})
-    fast = engine({"capsules": mined, "mandatory": ["france"]}, speculative_config=speculative)
-    stock, stock_fast = engine(), engine(speculative_config=speculative)
-    for ids in (None, ["mexico"]):
+    stock, plain = engine(), engine({"capsules": mined, "mandatory": []})
+    fast = engine({"capsules": mined, "mandatory": []}, speculative_config=speculative)
+    assert [a.tokens for a in fast.ask(prompts, max_tokens=24)] == [a.tokens for a in stock.ask(prompts, max_tokens=24)]
+    for ids in (["france"], ["france", "mexico"]):
         want, got = plain.ask(prompts, ids, max_tokens=24), fast.ask(prompts, ids, max_tokens=24)
         assert [a.text for a in want] == [a.text for a in got]
         assert [set(a.fired) for a in want] == [set(a.fired) for a in got]
         assert "Paris" not in got[0].text
-    assert [a.text for a in stock.ask(prompts)] == [a.text for a in stock_fast.ask(prompts)]
