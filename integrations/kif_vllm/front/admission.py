@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 from kif_runtime.errors import RequestError
 
@@ -22,6 +22,9 @@ FRESH = 0.1  # seconds for which an answer of the engine is good
 
 caller: ContextVar[str | None] = ContextVar("kif_caller", default=None)
 """SHA-256, in hex, of the API key that the running HTTP request came with."""
+
+sole: "Admission | None" = None
+"""The admission of this API server, where it is the only one and hears of every change, so that its view is current."""
 
 accepted: ContextVar[list[tuple[Any, int]] | None] = ContextVar("kif_accepted", default=None)
 """A list to which the running HTTP request's requests go, with their number of samples, where evidence is asked for."""
@@ -134,6 +137,20 @@ def ask(engine: Any, command: str, **arguments: Any) -> dict[str, Any]:
     if hasattr(client, "call_utility"):
         return client.call_utility("kif_call", command, arguments)
     return client.engine_core.kif_call(command, arguments)
+
+
+def refuse_early(inner: Inner, request: Any, *args: Any, **kwargs: Any) -> Any:
+    """Before an answer begins: what `process_inputs` refuses would, in a stream, be an error after HTTP 200."""
+    if sole is not None and KEY in (request.vllm_xargs or {}):
+        with _as_bad_request():
+            sole.check(_Named(request.vllm_xargs))
+    return inner(request, *args, **kwargs)
+
+
+class _Named(NamedTuple):
+    """As much of SamplingParams as `check` looks at."""
+
+    extra_args: dict[str, Any]
 
 
 def refuse_beams(inner: Inner, request: Any, *args: Any, **kwargs: Any) -> Any:

@@ -46,6 +46,8 @@ class Control:
             return
         self._metrics = Metrics(self._config.capsule_metrics)
         await self._learn()
+        if engine._client_count == 1:
+            admission.sole = admission.of(engine.input_processor)
         if self._config.watch and getattr(engine.engine_core, "client_index", 0) == 0:
             self._tasks.append(asyncio.create_task(self._watch(self._config.watch)))
 
