@@ -64,12 +64,12 @@ def served(engine, mined):
 @pytest.fixture(scope="module")
 def alone(served):
     """The answers of requests that run one at a time."""
-    return {seed: [together(served, [r])[0] for r in workload(seed)] for seed in (1,)}
+    return [together(served, [request])[0] for request in workload(1)]
 
 
 def test_a_batch_of_64_random_requests_fires_and_answers_as_each_alone(served, alone):
     answers = together(served, workload(1))
-    for request, a, b in zip(workload(1), answers, alone[1], strict=True):
+    for request, a, b in zip(workload(1), answers, alone, strict=True):
         assert (a.fired, a.text) == (b.fired, b.text), request
     assert sum(bool(a.fired) for a in answers) > 10
 
@@ -80,7 +80,7 @@ def test_a_shuffled_batch_gives_the_same(served, alone):
     requests = workload(1)
     answers = together(served, [requests[i] for i in order])
     for place, i in enumerate(order):
-        assert (answers[place].fired, answers[place].text) == (alone[1][i].fired, alone[1][i].text)
+        assert (answers[place].fired, answers[place].text) == (alone[i].fired, alone[i].text)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 7, 64])
@@ -93,11 +93,11 @@ def test_prompts_cut_into_chunks_fire_as_whole_ones(served, alone, tokens):
         answers = together(served, workload(1)[:24])
     finally:
         scheduler.scheduler_config.long_prefill_token_threshold = before
-    for a, b in zip(answers, alone[1][:24], strict=True):
+    for a, b in zip(answers, alone[:24], strict=True):
         assert (a.fired, a.text) == (b.fired, b.text)
 
 
-def test_preempted_requests_are_computed_again_under_their_sets(engine, mined, alone):
+def test_preempted_requests_are_computed_again_under_their_sets(engine, mined):
     """Room for a few requests' KV only, so that some are thrown out in the middle and come back."""
     small = engine({"capsules": mined, "mandatory": []}, num_gpu_blocks_override=12, max_model_len=256)
     requests = [(prompt, ids, 60) for prompt, ids, _ in workload(2, 16)]
@@ -117,9 +117,12 @@ def test_preempted_requests_are_computed_again_under_their_sets(engine, mined, a
 
 
 def test_logprobs_are_no_further_apart_than_stock_vllms_own(engine, served, alone):
+    """Between a request alone and in a batch: matrix products depend on the batch, in stock vLLM too."""
     stock = engine(enable_prefix_caching=False, max_num_batched_tokens=512)
-    plain = [(prompt, None, n) for prompt, _, n in workload(1)]
+    requests = workload(1)[:16]
+    plain = [(prompt, None, n) for prompt, _, n in requests]
     own = apart(together(stock, plain), [together(stock, [r])[0] for r in plain])
-    ours = apart(together(served, workload(1)), alone[1])
-    assert own > 0  # stock matrix products do depend on the batch
-    assert ours <= max(2 * own, 1e-5), (ours, own)
+    ours = apart(together(served, requests), alone[:16])
+    print(f"largest difference of log-probabilities between schedules: stock {own:.2e}, with capsules {ours:.2e}")
+    assert own > 0
+    assert ours <= max(2 * own, 1e-5)
