@@ -115,6 +115,7 @@ USED = (
     Symbol(
         "vllm.v1.engine.core:EngineCore.collective_rpc", "self method timeout args kwargs", "calls into every worker"
     ),
+    Symbol("vllm.v1.engine.core:EngineCore.abort_requests", "self request_ids", "the proof's request, if it hangs"),
     Symbol("vllm.v1.engine.core:EngineCoreProc._process_engine_step", "self", "runs the proof's request"),
     Symbol("vllm.v1.engine.core:EngineCoreProc._send_abort_outputs", "self aborted_reqs", "tells clients of aborts"),
     Symbol("vllm.v1.core.sched.scheduler:Scheduler.finish_requests", "self request_ids finished_status", "aborts"),

@@ -14,11 +14,11 @@ from kif_runtime.capsule import Capsule, Signature
 from kif_runtime.errors import KifError
 
 from ..sets import CapsuleSet, version
-from ..worker import witness
+from ..worker import install, witness
 from ..worker.suppression import Change
 
 ID = "kif-proof"
-TOKENS = 48
+TOKENS = 48  # at least
 SECONDS = 120.0
 
 
@@ -39,7 +39,7 @@ def prove(core: Any) -> dict[str, Any]:
     finally:
         service.apply(Change(drop=(name,)))
     sites = _judge(seen, idle, service.room.sites)
-    return {"ranks": len(seen), "sites": sites, "tokens": TOKENS}
+    return {"ranks": len(seen), "sites": sites}
 
 
 def _run(core: Any, chosen: CapsuleSet, tag: str) -> list[dict[int, dict[str, Any]]]:
@@ -47,6 +47,7 @@ def _run(core: Any, chosen: CapsuleSet, tag: str) -> list[dict[int, dict[str, An
     request = _request(core, chosen, tag)
     core.collective_rpc(witness.start)
     core.scheduler.add_request(request)
+    prompt = request.num_prompt_tokens
     deadline = time.monotonic() + SECONDS
     try:
         while not request.is_finished():
@@ -58,7 +59,11 @@ def _run(core: Any, chosen: CapsuleSet, tag: str) -> list[dict[int, dict[str, An
                 _, executed = core.step_fn()
                 core.post_step(executed)
     finally:
+        core.abort_requests([request.request_id])  # where it is not finished; its capsule is about to go
         seen = core.collective_rpc(witness.stop, args=(chosen,))
+    counts = core.collective_rpc(install.evidence, args=(request.request_id,))
+    if chosen and any(sum((count or {}).values()) <= prompt for count in counts):
+        raise ProofError(f"the gate was counted on {counts} of {prompt} tokens and those generated after them")
     return seen
 
 
@@ -70,8 +75,7 @@ def _request(core: Any, chosen: CapsuleSet, tag: str) -> Any:
 
     rng = torch.Generator().manual_seed(7)
     vocabulary = core.vllm_config.model_config.get_vocab_size()
-    count = min(TOKENS, core.vllm_config.model_config.max_model_len - 2)
-    tokens = torch.randint(0, min(vocabulary, 1000), (count,), generator=rng).tolist()
+    tokens = torch.randint(0, min(vocabulary, 1000), (_length(core.vllm_config),), generator=rng).tolist()
     params = SamplingParams(
         temperature=0.0, max_tokens=2, min_tokens=2, ignore_eos=True, skip_reading_prefix_cache=True
     )
@@ -83,6 +87,15 @@ def _request(core: Any, chosen: CapsuleSet, tag: str) -> Any:
         cache_salt=f"{ID}-{time.monotonic_ns()}",  # its KV is nobody else's
         block_hasher=core.request_block_hasher,
     )
+
+
+def _length(config: Any) -> int:
+    """Longer than any captured graph, where there is room: a graph that is replayed runs no Python, so nothing is seen
+    there but the counts; those cover the tokens that are generated.
+    """
+    captured = config.compilation_config.max_cudagraph_capture_size or 0
+    room = min(config.model_config.max_model_len - 2, config.scheduler_config.max_num_batched_tokens)
+    return min(room, max(TOKENS, captured + 1))
 
 
 def _capsule(room: Any) -> Capsule:
