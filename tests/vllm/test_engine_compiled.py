@@ -1,10 +1,7 @@
 """Compiled models and tensor parallelism, on a small random Llama: the site is one operator of the graph."""
 
-import json
-
 import pytest
 import torch
-from engines import Engine
 
 from kif_runtime import Capsule, Signature
 from kif_runtime.fingerprint import fingerprint
@@ -61,12 +58,9 @@ def distance(answers, others):
 
 
 @pytest.fixture(scope="module")
-def compiled(small):
-    engine = Engine(
-        small[0] / "model", {"capsules": small[0] / "capsules", "mandatory": []}, enforce_eager=False, **PLAIN
-    )
-    yield engine
-    engine.close()
+def compiled(small, engine):
+    table = {"capsules": small[0] / "capsules", "mandatory": []}
+    return engine(table, model=small[0] / "model", enforce_eager=False, **PLAIN)
 
 
 def test_a_compiled_model_suppresses_as_hugging_face_does(small, compiled):
@@ -90,20 +84,14 @@ def test_a_compiled_model_suppresses_as_hugging_face_does(small, compiled):
     assert 0 < sum(fired) < 12 + 12 + 9 + 3 * 11
 
 
-def test_an_idle_compiled_model_equals_one_with_an_empty_bank_bit_for_bit(small, compiled, tmp_path):
+def test_an_idle_compiled_model_equals_one_with_an_empty_bank_bit_for_bit(small, engine, compiled, tmp_path):
     """The distance to stock vLLM, whose graph is another, is measured and small."""
-    empty = Engine(small[0] / "model", {"capsules": tmp_path, "sites": [SITE]}, enforce_eager=False, **PLAIN)
-    stock = Engine(small[0] / "model", None, enforce_eager=False, **PLAIN)
-    try:
-        idle, none, bare = ask(compiled), ask(empty), ask(stock)
-        assert numbers(idle) == numbers(none)
-        print(
-            json.dumps({"compiled, idle, against stock: largest difference of log-probabilities": distance(idle, bare)})
-        )
-        assert distance(idle, bare) < 1e-4
-    finally:
-        empty.close()
-        stock.close()
+    flags = PLAIN | {"model": small[0] / "model", "enforce_eager": False}
+    empty, stock = engine({"capsules": tmp_path, "sites": [SITE]}, **flags), engine(**flags)
+    idle, none, bare = ask(compiled), ask(empty), ask(stock)
+    assert numbers(idle) == numbers(none)
+    print(f"compiled and idle against stock: log-probabilities differ by at most {distance(idle, bare):.2e}")
+    assert distance(idle, bare) < 1e-4
 
 
 def test_capsules_come_and_go_without_another_compilation(small, compiled):
