@@ -1,4 +1,4 @@
-"""Compiled models and tensor parallelism, on a small random Llama: the site is one operator of the graph."""
+"""Compiled models, on a small random Llama: the site is one operator of the graph."""
 
 import pytest
 import torch
