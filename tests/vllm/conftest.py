@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 
-HAVE_VLLM = importlib.util.find_spec("vllm") is not None
+_SPEC = importlib.util.find_spec("vllm")
+HAVE_VLLM = _SPEC is not None and _SPEC.origin is not None  # this folder itself is found as a package without origin
 WHY_NOT = "vLLM is not importable here: run `make setup-vllm`, then `.venv-vllm/bin/python -m pytest tests/vllm`"
 
 
