@@ -95,6 +95,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         sites, model = prepared(counts, folder), embedded_folder()
+        (folder / "0").mkdir(exist_ok=True)
         made = {("stock", 0): (engine(model, None, [], chosen.compiled), None)}
         for count in counts:
             resident = engine(model, folder / str(count), [], chosen.compiled, sites)
@@ -102,15 +103,15 @@ def main():
             if count:
                 made["requested", count] = (resident, ["turned-0"])
                 made["mandatory", count] = (engine(model, folder / str(count), "all", chosen.compiled, sites), None)
-    names, ratios, speeds = list(made), {name: [] for name in made}, {name: [] for name in made}
-    for each in names:
-        run(*made[each], seed=-1)
-    for turn in range(chosen.rounds):
-        order = names[turn % len(names) :] + names[: turn % len(names)]
-        found = {each: run(*made[each], seed=turn) for each in order}
+        names, ratios, speeds = list(made), {name: [] for name in made}, {name: [] for name in made}
         for each in names:
-            speeds[each].append(found[each])
-            ratios[each].append(found[each] / found["stock", 0])
+            run(*made[each], seed=-1)
+        for turn in range(chosen.rounds):
+            order = names[turn % len(names) :] + names[: turn % len(names)]
+            found = {each: run(*made[each], seed=turn) for each in order}
+            for each in names:
+                speeds[each].append(found[each])
+                ratios[each].append(found[each] / found["stock", 0])
     report(ratios, speeds, chosen)
 
 

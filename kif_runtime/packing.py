@@ -7,7 +7,6 @@ from math import inf
 import torch
 
 from kif_kernels import SiteTensors
-from kif_kernels.layout import screening_margin
 
 from .capsule import Signature
 
@@ -46,7 +45,7 @@ class PackedSite:
         t = self.tensors
         for slot in reversed([s for s, tenant in enumerate(self.tenants) if tenant[0] == id]):
             last = len(self.tenants) - 1
-            for tensor in (t.detector, t.bias, t.k, t.tau, t.margin, t.basis, t.target, t.strength, t.owner):
+            for tensor in t.by_slot:
                 tensor[slot] = tensor[last]
             t.bias[last] = -inf
             self.tenants[slot] = self.tenants[last]
@@ -55,8 +54,11 @@ class PackedSite:
 
     def set_biases(self, biases: Sequence[float]) -> None:
         t, n = self.tensors, len(biases)
-        t.bias[:n] = torch.tensor(biases, dtype=torch.float32)
-        t.margin[:n] = screening_margin(t.detector[:n], t.bias[:n], t.tau[:n], t.k[:n])
+        wanted = torch.tensor(biases, dtype=torch.float32, device=t.bias.device)
+        changed = (t.bias[:n] != wanted).nonzero().squeeze(-1)  # a slot that was free has -inf
+        t.bias[changed] = wanted[changed]
+        for some in changed.split(1024):  # float64 temporaries stay small
+            t.write_screen(some)
 
     def write_set(self, row: int, ids: Iterable[str]) -> None:
         self.tensors.write_set(row, self.slots(ids))

@@ -4,8 +4,19 @@ Letters, the same in every docstring: N tokens, B batch rows, T positions, D wid
 capsules of a bank; M capsule-set rows, L the longest set.
 """
 
-from .add_norm_suppress import add_norm_suppress_
-from .layout import KernelError, SiteTensors
+from .add_norm_suppress import add_norm_suppress_, suppress_normed_
+from .detect import detect
+from .layout import Candidates, KernelError, SiteTensors
 from .suppress import scores, suppress, suppress_
 
-__all__ = ["KernelError", "SiteTensors", "add_norm_suppress_", "scores", "suppress", "suppress_"]
+__all__ = [
+    "Candidates",
+    "KernelError",
+    "SiteTensors",
+    "add_norm_suppress_",
+    "detect",
+    "scores",
+    "suppress",
+    "suppress_",
+    "suppress_normed_",
+]

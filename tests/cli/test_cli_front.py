@@ -15,12 +15,12 @@ def test_help_answers_without_loading_what_models_need():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
-    for command in ("demo", "mine", "show", "validate", "generate", "trace", "eval"):
+    for command in ("demo", "mine", "show", "validate", "generate", "trace", "eval", "bench"):
         assert f"\n  {command} " in result.stdout
     assert result.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize("command", ["demo", "mine", "show", "validate", "generate", "trace", "eval"])
+@pytest.mark.parametrize("command", ["demo", "mine", "show", "validate", "generate", "trace", "eval", "bench"])
 def test_every_command_explains_itself(kif, command):
     result = kif(command, "--help")
     assert result.exit_code == 0

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kif_kernels import SiteTensors
-from kif_kernels.layout import screening_margin
 
 MakeSite = Callable[..., SiteTensors]
 
@@ -53,7 +52,7 @@ def make_site() -> MakeSite:
                 site.k[slot], site.tau[slot] = 3.0, 0.2
         site.owner[:n] = torch.arange(n) // 2
         site.used.fill_(n)
-        site.margin[:n] = screening_margin(site.detector[:n], site.bias[:n], site.tau[:n], site.k[:n])
+        site.write_screen(slice(0, n))
         for row, slots in enumerate(sets):
             site.write_set(row, slots)
         site.check()

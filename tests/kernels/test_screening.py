@@ -1,6 +1,7 @@
 """The screen never rules out what the fixed-order decision fires, however near the score is to the floor."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 
 import pytest
@@ -9,9 +10,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kif_kernels import SiteTensors, scores, suppress_
-from kif_kernels.layout import LOG_1023, screening_margin
+from kif_kernels.layout import LOG_1023, screening_margin, sketched
+from kif_kernels.suppress import cpu_screen
 
 INF = torch.tensor(inf)
+
+
+SCREENS = ("fp32", "8 bits")
+
+
+@contextmanager
+def screening(how: str) -> Iterator[None]:
+    """Screen in fp32 or in 8 bits, however many detectors there are."""
+    if how == "8 bits" and not cpu_screen.exact_in_8_bits():
+        pytest.skip("this machine does not multiply in 8 bits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_screen, "_many", lambda *_: how == "8 bits")
+        yield
+
+
+@pytest.fixture(params=SCREENS)
+def screen(request: pytest.FixtureRequest) -> Iterator[str]:
+    with screening(request.param):
+        yield request.param
 
 
 def on_the_edge(x: torch.Tensor, detector: torch.Tensor, k: float | None) -> SiteTensors:
@@ -39,7 +60,7 @@ def on_the_edge(x: torch.Tensor, detector: torch.Tensor, k: float | None) -> Sit
     site.used.fill_(n)
     for slot in range(n):
         site.write_set(slot, [slot])
-    site.margin.copy_(screening_margin(site.detector, site.bias, site.tau, site.k))
+    site.write_screen(slice(None))
     return site
 
 
@@ -60,29 +81,31 @@ def precision(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_float32_matmul_precision(before)
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("how", SCREENS)
+@settings(max_examples=25, deadline=None)
 @given(
-    width=st.sampled_from([1, 2, 3, 31, 64, 100, 576, 1024, 2048]),
+    width=st.sampled_from([1, 2, 3, 31, 32, 64, 100, 576, 1024, 2048]),
     seed=st.integers(0, 2**31),
     size=st.sampled_from([1e-20, 1e-3, 1.0, 1e4, 1e16, 1e30]),
     weight=st.sampled_from([1e-6, 1.0, 1e6]),
     spread=st.sampled_from([0.0, 1.0, 4.0]),
     k=st.sampled_from([None, 0.05, 1.6, 40.0]),
 )
-def test_nothing_that_fires_is_ruled_out(width, seed, size, weight, spread, k) -> None:
+def test_nothing_that_fires_is_ruled_out(how, width, seed, size, weight, spread, k) -> None:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(24, width, generator=g) * torch.exp(spread * torch.randn(24, width, generator=g)) * size
     detector = torch.randn(24, width, generator=g) * torch.exp(spread * torch.randn(24, width, generator=g)) * weight
-    assert missed(x, on_the_edge(x, detector, k)) == 0
+    with screening(how):
+        assert missed(x, on_the_edge(x, detector, k)) == 0
 
 
 @pytest.mark.parametrize("k", [None, 1.6], ids=["hard", "soft"])
-def test_it_holds_where_fp32_products_are_allowed_to_be_coarse(precision, k) -> None:
+def test_it_holds_where_fp32_products_are_allowed_to_be_coarse(screen, precision, k) -> None:
     x, detector = torch.randn(2, 200, 576, generator=torch.Generator().manual_seed(1))
     assert missed(x, on_the_edge(x, detector, k)) == 0
 
 
-def test_it_holds_under_autocast() -> None:
+def test_it_holds_under_autocast(screen) -> None:
     x, detector = torch.randn(2, 200, 576, generator=torch.Generator().manual_seed(1))
     site = on_the_edge(x, detector, None)
     with torch.autocast("cpu", torch.bfloat16):
@@ -94,7 +117,21 @@ def test_the_margin_is_needed() -> None:
     x, detector = torch.randn(2, 200, 576, generator=torch.Generator().manual_seed(1))
     site = on_the_edge(x, detector, None)
     site.margin.zero_()
-    assert missed(x, site) > 100
+    with screening("fp32"):
+        assert missed(x, site) > 100
+
+
+@pytest.mark.parametrize("term", ["length", "rest"])
+def test_both_parts_of_the_bound_in_8_bits_are_needed(term) -> None:
+    """Without either, edge cases are missed: those whose token, or whose detector, was rounded the wrong way."""
+    g = torch.Generator().manual_seed(1)
+    coarse, fine = (t.where(torch.rand(200, 576, generator=g) < 0.02, t / 50) for t in torch.randn(2, 200, 576))
+    x, detector = (coarse, fine.sign()) if term == "length" else (coarse.sign(), fine)
+    site = on_the_edge(x, detector, None)
+    with screening("8 bits"):
+        assert missed(x, site) == 0
+        getattr(site, term).zero_()
+        assert missed(x, site) > 50
 
 
 def test_the_margin_rules_out_nearly_everything_else() -> None:
@@ -103,3 +140,25 @@ def test_the_margin_rules_out_nearly_everything_else() -> None:
     margin = screening_margin(detector, torch.zeros(3), torch.zeros(3), torch.full((3,), inf))
     assert (margin < 1e-4 * detector.norm(dim=1) * 24).all()
     assert (margin > 5e-5 * detector.norm(dim=1) * 24).all()
+
+
+def test_the_bound_in_8_bits_rules_out_nearly_everything_else(make_site) -> None:
+    """Of random scores, N(0, 1), under a threshold of 4 it lets through what is over about 3.6."""
+    site = make_site(576, 500, [range(500)], bias=-4.0)
+    x, detector = torch.randn(702, 576, generator=torch.Generator().manual_seed(1)).split([200, 502])
+    site.detector.copy_(torch.nn.functional.normalize(detector))
+    site.write_screen(slice(0, 500))
+    rows = torch.zeros(200, dtype=torch.int32)
+    with screening("8 bits"):
+        let_through = len(cpu_screen.may_fire(x, rows, rows, site).token)
+    assert (scores(x, site) > 0).sum() <= let_through < (scores(x, site) > -0.5).sum()
+
+
+def test_a_sketch_is_the_detector_to_within_what_it_says() -> None:
+    detector = torch.randn(50, 300, generator=torch.Generator().manual_seed(1)) * torch.logspace(-20, 15, 50)[:, None]
+    detector[7] = 0
+    q, step, length, rest = sketched(detector)
+    left = detector.double() - step.double()[:, None] * q.double()
+    assert (left.norm(dim=1) * 300**0.5 <= rest).all()
+    assert (q.double().norm(dim=1) <= length).all()
+    assert (rest[:7] < 0.02 * detector[:7].norm(dim=1) * 300**0.5).all()

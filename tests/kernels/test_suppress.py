@@ -244,3 +244,15 @@ def test_a_site_of_wrong_tensors_is_refused(make_site, field) -> None:
     wrong = {name: getattr(site, name) for name in site.__dataclass_fields__} | {field: torch.zeros(3, 3, 3, 3)}
     with pytest.raises(KernelError):
         SiteTensors(**wrong).check()
+
+
+def test_a_capsule_set_written_without_its_inverse_is_refused(make_site) -> None:
+    site = make_site(16, 5, [[4, 1], []])
+    for sets in ([4, 1, 2], [1, 4, -1], [4, -1, -1]):
+        again = SiteTensors.empty(width=16, signatures=7, rank=4, rows=2, set_length=3)
+        again.write_set(0, [4, 1])
+        again.check()
+        again.sets[0] = torch.tensor(sets)
+        with pytest.raises(KernelError, match="write_set"):
+            again.check()
+    site.check()

@@ -19,8 +19,9 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_the_operators_are_registered_soundly(make_site) -> None:
     site = make_site(16, 5, SETS, gate="mixed")
     x, hits = tokens(4, 16), torch.zeros(4, 3, dtype=torch.bool)
-    torch.library.opcheck(torch.ops.kif.suppress_.default, (x.clone(), ROWS, *site.tensors, hits))
-    torch.library.opcheck(torch.ops.kif.suppress_.default, (x.reshape(4, 1, 16).clone(), ROWS, *site.tensors, None))
+    op, batch, nothing = torch.ops.kif.suppress_.default, x.reshape(4, 1, 16).clone(), (None, None, None)
+    torch.library.opcheck(op, (x.clone(), ROWS, *site.tensors, hits, None, None))
+    torch.library.opcheck(op, (batch, ROWS, *site.tensors, *nothing))
     torch.library.opcheck(torch.ops.kif.suppress.default, (x.clone().requires_grad_(), ROWS, *site.tensors))
     torch.library.opcheck(torch.ops.kif.scores.default, (x, site.detector, site.bias))
 

@@ -16,7 +16,24 @@ from kif_runtime.capsule import Capsule, Signature
 from kif_runtime.errors import BankError, KifError, RequestError
 
 WIDTH, SITES = 24, (1, 3)
-TENSORS = ("detector", "bias", "k", "tau", "margin", "basis", "target", "strength", "owner", "used", "sets")
+TENSORS = (
+    "detector",
+    "bias",
+    "k",
+    "tau",
+    "margin",
+    "sketch",
+    "step",
+    "length",
+    "rest",
+    "basis",
+    "target",
+    "strength",
+    "owner",
+    "used",
+    "sets",
+    "place",
+)
 
 
 def signature(

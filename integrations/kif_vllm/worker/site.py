@@ -1,14 +1,13 @@
 """One site in a worker: the forward that is put there, for eager and for compiled models."""
 
 import time
-from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kif_kernels import SiteTensors, add_norm_suppress_, suppress_
+from kif_kernels import SiteTensors, add_norm_suppress_, suppress_, suppress_normed_
 
 from .batch import Batch
 
@@ -41,18 +40,13 @@ class Site:
         add_norm_suppress_(hidden, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits)
         self._end(start, before, residual, rows)
 
-    def after_norm(self, out: Tensor, residual: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        """The exact form: stock vLLM has made `out` and `residual`; only tokens that fire are edited, in both."""
+    def after_norm(self, normed: Tensor, residual: Tensor, weight: Tensor, epsilon: float, one_plus: bool) -> None:
+        """The exact form: stock vLLM has made both; only tokens that fire are edited, in place, in both."""
         start = time.perf_counter()
         rows, hits = self.batch.of(residual.shape[0])
-        before = residual.clone()
-        suppress_(residual, rows, self.tensors, hits)
-        changed = (before != residual).any(-1, keepdim=True)
-        # On the CPU one may look; a device must not wait for the host, so there every token's norm is taken again.
-        if residual.device.type != "cpu" or bool(changed.any()):
-            out = torch.where(changed, norm(residual), out)
+        before = residual.clone() if self.witness is not None else residual
+        suppress_normed_(normed, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits)
         self._end(start, before, residual, rows)
-        return out
 
     def _end(self, start: float, before: Tensor, after: Tensor, rows: Tensor) -> None:
         self.seconds += time.perf_counter() - start
@@ -64,9 +58,10 @@ def put_exact(module: nn.Module, site: Site, *, norm: bool) -> None:
     """For eager models: the stock computation runs, then tokens that fire are edited."""
     stock = module.forward
 
-    def around_norm(_: nn.Module, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        out, residual = stock(x, residual)
-        return site.after_norm(out, residual, stock), residual
+    def around_norm(self: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        normed, residual = stock(x, residual)
+        site.after_norm(normed, residual, self.weight, self.variance_epsilon, _adds_one(self))
+        return normed, residual
 
     def around_block(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x = stock(*args, **kwargs)
@@ -94,5 +89,10 @@ def put_compiled(module: nn.Module, name: str, *, norm: bool) -> None:
         torch.ops.kif_vllm.suppress_(x, layer)
         return x
 
-    one_plus = type(module).__name__ == "GemmaRMSNorm"
+    one_plus = _adds_one(module)
     module.__dict__["forward"] = MethodType(around_norm if norm else around_block, module)
+
+
+def _adds_one(norm: nn.Module) -> bool:
+    """Gemma's norm multiplies by 1 + weight, in fp32."""
+    return type(norm).__name__ == "GemmaRMSNorm"

@@ -1,20 +1,23 @@
-"""The operator `add_norm_suppress_`, in place of a server's fused add and RMSNorm: check, choose the path, call."""
+"""The operators at a server's fused add and RMSNorm: in its place, or after it. Check, choose the path, call."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_hits, check_in_place, check_tokens
-from ..layout import FLOATS, SITE_ARGUMENTS, KernelError, SiteTensors
-from ..suppress import cpu, without_autocast
+from ..checks import check_candidates, check_hits, check_in_place, check_like, check_tokens
+from ..layout import FLOATS, SITE_ARGUMENTS, Candidates, KernelError, SiteTensors
+from ..suppress import cpu, kernels, packed, unpacked, without_autocast
+from ..suppress import reference as suppress_reference
 from . import reference
 
 _library = torch.library.Library("kif", "FRAGMENT")
-_library.define(
-    f"add_norm_suppress_(Tensor(a!) hidden, Tensor(b!) residual, Tensor rows, {SITE_ARGUMENTS}, Tensor weight, "
-    "float epsilon, bool one_plus, Tensor(c!)? hits) -> ()"
-)
+for _name, _first in (("add_norm_suppress_", "hidden"), ("suppress_normed_", "normed")):
+    _library.define(
+        f"{_name}(Tensor(a!) {_first}, Tensor(b!) residual, Tensor rows, {SITE_ARGUMENTS}, Tensor weight, "
+        "float epsilon, bool one_plus, Tensor(c!)? hits, Tensor? count, Tensor? found) -> ()"
+    )
 
 
 def add_norm_suppress_(
@@ -27,41 +30,91 @@ def add_norm_suppress_(
     *,
     one_plus: bool = False,
     hits: Tensor | None = None,
+    candidates: Candidates | None = None,
 ) -> None:
     """residual ← suppress(hidden + residual), hidden ← RMSNorm of that, both in place.
 
     hidden, residual [N, D] with rows [N], or [B, T, D] with rows [B]: one dtype of fp16, bf16, fp32 (fp32 inside) or
     float64. rows int32: the capsule set of each token or batch row, -1 for none. weight [D], of any float dtype;
     epsilon the norm's. one_plus: multiply by 1 + weight in fp32 (Gemma), else by weight in its own dtype. hits [N, C]
-    bool, N = B·T, as for `suppress_`.
+    bool, N = B·T, and candidates (`detect` with residual=residual) as for `suppress_`.
     Exact: a token on which nothing fires gets what vLLM's `fused_add_rms_norm` gives: on the CPU bit for bit what its
     plain PyTorch form gives there. Suppression works on the sum in fp32 before it is rounded, and so does the norm.
-    What a signature does to a token depends on the token and its set alone, bit for bit.
+    What a signature does to a token depends on the token and its set alone, bit for bit; on a GPU the norm too.
     Raises KernelError for shapes, dtypes or devices that do not fit, or where a tensor written needs a gradient.
     """
-    check_tokens(hidden, rows, site, "hidden")
-    check_in_place(hidden, "hidden")
+    _check(hidden, "hidden", residual, rows, site, weight, hits, candidates)
+    torch.ops.kif.add_norm_suppress_(
+        hidden, residual, rows, *site.tensors, weight, epsilon, one_plus, hits, *unpacked(candidates)
+    )
+
+
+def suppress_normed_(
+    normed: Tensor,
+    residual: Tensor,
+    rows: Tensor,
+    site: SiteTensors,
+    weight: Tensor,
+    epsilon: float,
+    *,
+    one_plus: bool = False,
+    hits: Tensor | None = None,
+    candidates: Candidates | None = None,
+) -> None:
+    """residual ← suppress(residual), normed ← RMSNorm of that, only for tokens on which something fires.
+
+    For exact mode on a GPU: it comes after the host's own fused add and norm, and all other tokens keep the host's
+    bits. Arguments and errors are those of `add_norm_suppress_`; here suppression works on the residual as the host
+    rounded it.
+    """
+    _check(normed, "normed", residual, rows, site, weight, hits, candidates)
+    torch.ops.kif.suppress_normed_(
+        normed, residual, rows, *site.tensors, weight, epsilon, one_plus, hits, *unpacked(candidates)
+    )
+
+
+def _check(
+    x: Tensor,
+    name: str,
+    residual: Tensor,
+    rows: Tensor,
+    site: SiteTensors,
+    weight: Tensor,
+    hits: Tensor | None,
+    candidates: Candidates | None,
+) -> None:
+    check_tokens(x, rows, site, name)
+    check_like(residual, x, "residual", name)
+    check_in_place(x, name)
     check_in_place(residual, "residual")
-    check_hits(hits, hidden)
-    for name, tensor, shape, dtypes in (
-        ("residual", residual, hidden.shape, (hidden.dtype,)),
-        ("weight", weight, hidden.shape[-1:], FLOATS),
-    ):
-        if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != hidden.device:
-            expected = f"{' or '.join(map(str, dtypes))} {list(shape)} on {hidden.device}"
-            raise KernelError(f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}; expected {expected}")
-    torch.ops.kif.add_norm_suppress_(hidden, residual, rows, *site.tensors, weight, epsilon, one_plus, hits)
+    if weight.shape != x.shape[-1:] or weight.dtype not in FLOATS or weight.device != x.device:
+        got = f"{weight.dtype} {list(weight.shape)} on {weight.device}"
+        raise KernelError(f"weight is {got}; expected a float dtype, [{x.shape[-1]}] on {x.device}")
+    if not weight.is_contiguous():
+        raise KernelError("weight is not contiguous; give weight.contiguous()")
+    check_hits(hits, x)
+    check_candidates(candidates, x)
 
 
-def _on_cpu(hidden: Tensor, residual: Tensor, rows: Tensor, *rest: Any) -> None:
-    """The server's own computation, with the fast CPU path on its sum: it writes only the tokens that fire."""
-    *tensors, weight, epsilon, one_plus, hits = rest
-    path = reference.suppress.suppress_ if hidden.dtype == torch.float64 else cpu.suppress_
+def _on_cpu(name: str, x: Tensor, residual: Tensor, rows: Tensor, *rest: Any) -> None:
+    """The server's own computation, with the fast CPU path on its sum: that writes only the tokens that fire."""
+    *tensors, weight, epsilon, one_plus, hits, count, found = rest
+    path = suppress_reference.suppress_ if x.dtype == torch.float64 else cpu.suppress_
     with without_autocast("cpu"):
-        reference.add_norm_suppress_(
-            hidden, residual, rows, SiteTensors(*tensors), weight, epsilon, one_plus, hits, path
+        getattr(reference, name)(
+            x, residual, rows, SiteTensors(*tensors), weight, epsilon, one_plus, hits, packed(count, found), path
         )
 
 
-_library.impl("add_norm_suppress_", _on_cpu, "CPU")
-torch.library.register_fake("kif::add_norm_suppress_", lambda *_: None, lib=_library)
+def _on_gpu(name: str, x: Tensor, residual: Tensor, rows: Tensor, *rest: Any) -> None:
+    *tensors, weight, epsilon, one_plus, hits, count, found = rest
+    module: Any = kernels("add_norm_suppress", x.dtype) or reference
+    getattr(module, name)(
+        x, residual, rows, SiteTensors(*tensors), weight, epsilon, one_plus, hits, packed(count, found)
+    )
+
+
+for _name in ("add_norm_suppress_", "suppress_normed_"):
+    _library.impl(_name, partial(_on_cpu, _name), "CPU")
+    _library.impl(_name, partial(_on_gpu, _name), "CUDA")
+    torch.library.register_fake(f"kif::{_name}", lambda *_: None, lib=_library)

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_tokens
-from ..layout import SITE_ARGUMENTS, Candidates, KernelError, SiteTensors
-from . import reference
+from ..checks import check_candidates, check_like, check_tokens
+from ..layout import SITE_ARGUMENTS, Candidates, SiteTensors
+from ..suppress import kernels, without_autocast
+from . import cpu, reference
 
 _library = torch.library.Library("kif", "FRAGMENT")
 _library.define(
@@ -30,32 +31,25 @@ def detect(
     Raises KernelError for shapes, dtypes or devices that do not fit.
     """
     check_tokens(x, rows, site)
-    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
-        got = f"{residual.dtype} {list(residual.shape)} on {residual.device}"
-        raise KernelError(f"residual is {got}; expected {x.dtype} {list(x.shape)} on {x.device}, as x is")
+    if residual is not None:
+        check_like(residual, x, "residual", "x")
     check_candidates(candidates, x)
     torch.ops.kif.detect(x, residual, rows, *site.tensors, candidates.count, candidates.found)
 
 
-def check_candidates(candidates: Candidates, x: Tensor) -> None:
-    """Raise KernelError unless `candidates` are int32 [N] and [N, H] for the N tokens of x, and on its device."""
-    tokens = x.shape[:-1].numel()
-    for name, tensor, shape in (
-        ("count", candidates.count, [tokens]),
-        ("found", candidates.found, [tokens, *candidates.found.shape[1:2]]),
-    ):
-        if list(tensor.shape) != shape or tensor.dtype != torch.int32 or tensor.device != x.device:
-            got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-            raise KernelError(f"candidates.{name} is {got}; expected torch.int32 {shape} on {x.device}")
-    if candidates.found.dim() != 2 or candidates.found.shape[1] == 0 or not candidates.found.is_contiguous():
-        raise KernelError("candidates.found must be [N, H], contiguous, with H over 0")
-
-
-def _detect(x: Tensor, residual: Tensor | None, rows: Tensor, *rest: Any) -> None:
+def _detect_on_cpu(x: Tensor, residual: Tensor | None, rows: Tensor, *rest: Any) -> None:
     *tensors, count, found = rest
-    reference.detect(x, rows, SiteTensors(*tensors), Candidates(count, found), residual)
+    path = reference.detect if x.dtype == torch.float64 else cpu.detect
+    with without_autocast("cpu"):
+        path(x, rows, SiteTensors(*tensors), Candidates(count, found), residual)
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("detect", _detect, _device)
+def _detect_on_gpu(x: Tensor, residual: Tensor | None, rows: Tensor, *rest: Any) -> None:
+    *tensors, count, found = rest
+    path: Any = kernels("detect", x.dtype) or reference
+    path.detect(x, rows, SiteTensors(*tensors), Candidates(count, found), residual)
+
+
+_library.impl("detect", _detect_on_cpu, "CPU")
+_library.impl("detect", _detect_on_gpu, "CUDA")
 torch.library.register_fake("kif::detect", lambda *_: None, lib=_library)

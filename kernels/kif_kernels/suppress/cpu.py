@@ -6,165 +6,66 @@ reference's.
 """
 
 from math import exp
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layout import LOG_1023, SiteTensors, gamma
-from .reference import EPSILON, flatten, normalise, ordered_sum, removed, write
+from ..layout import LOG_1023, Candidates, SiteTensors
+from .cpu_screen import Pairs, may_fire
+from .reference import flatten, normalise, ordered_sum, removed, write
 
-# Elements of a temporary: what is gathered or screened at once stays in the cache's neighbourhood.
-SCREEN_BLOCK, GATHER_BLOCK = 1 << 18, 1 << 18
-# Below this sum of squares nothing overflows; above it, or with NaN, the screen normalises the careful way.
-SAFE_SQUARE = 2.0**100
-_LOG_1023 = torch.tensor(LOG_1023, dtype=torch.float32)
-_NOTHING = torch.empty(0, dtype=torch.long)
+# Elements of a temporary: what is gathered at once stays in the cache's neighbourhood.
+GATHER_BLOCK = 1 << 18
 
 
-class _Sets(NamedTuple):
-    """The non-empty capsule sets of one call. `row` [m] long: their rows; `slots` [m, L] int32, -1 padded."""
-
-    row: Tensor
-    slots: Tensor
-    everywhere: bool  # whether every token has one of them
-
-
-def suppress_(x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None) -> None:
+def suppress_(
+    x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None, candidates: Candidates | None = None
+) -> None:
     """`kif_kernels.suppress_` for fp16, bf16 and fp32 tensors on the CPU."""
-    if x.numel() == 0 or (sets := _sets_in_use(rows, site)) is None:
+    if x.numel() == 0:
         return
     tokens, token_rows = flatten(x, rows)
-    among = None if sets.everywhere else torch.isin(token_rows, sets.row).nonzero().squeeze(-1)
-    token, slot = _screen(tokens, among, site, _columns(sets, site))
-    if token.numel():
-        _suppress_candidates(x, tokens, token_rows, token, slot, site, sets, hits)
-
-
-def _sets_in_use(rows: Tensor, site: SiteTensors) -> _Sets | None:
-    named = set(rows.tolist())
-    chosen = [row for row in named if row >= 0]
-    if not chosen:
-        return None
-    slots = site.sets[chosen] if len(chosen) > 1 else site.sets[chosen[0] : chosen[0] + 1]
-    filled = slots[:, 0].tolist()  # a set's slots come first
-    kept = [i for i, first in enumerate(filled) if first >= 0]
-    if not kept:
-        return None
-    if len(kept) < len(chosen):
-        slots = slots[kept]
-    return _Sets(torch.tensor([chosen[i] for i in kept]), slots, len(kept) == len(named))
-
-
-def _columns(sets: _Sets, site: SiteTensors) -> Tensor | slice:
-    """The slots to screen: all live ones, unless the sets name so few that gathering them is cheaper."""
-    live = int(site.used)
-    half = live // 2
-    if half < sets.slots.shape[1] and int(sets.slots[:, half].max()) >= 0:  # a set names more than half of them
-        return slice(0, live)
-    listed = sets.slots[sets.slots >= 0].unique()
-    return listed.long() if listed.numel() <= half else slice(0, live)
-
-
-def _screen(tokens: Tensor, among: Tensor | None, site: SiteTensors, columns: Tensor | slice) -> tuple[Tensor, Tensor]:
-    """Pairs (token [P], slot [P]) that may fire: all that do, and few that do not."""
-    detector, floor = site.detector[columns], _floor(site, columns)
-    count = tokens.shape[0] if among is None else among.shape[0]
-    step = max(1, SCREEN_BLOCK // max(detector.shape))
-    found = []
-    for start in range(0, count, step):
-        block = tokens[start : start + step] if among is None else tokens[among[start : start + step]]
-        above = (
-            _above_one(block.float(), detector, floor) if len(block) == 1 else _above(block.float(), detector, floor)
-        )
-        if above is not None:
-            found.append(above + above.new_tensor([start, 0]))
-    if not found:
-        return _NOTHING, _NOTHING
-    token, column = torch.cat(found).unbind(1)
-    token = token if among is None else among[token]
-    return token, column if isinstance(columns, slice) else columns[column]
-
-
-def _floor(site: SiteTensors, columns: Tensor | slice) -> Tensor:
-    """What is added to w·v so that a sum over 0 is a candidate, [S']."""
-    margin = site.margin[columns]
-    widening = _widening(site.detector.shape[1])
-    if widening != 1.0:
-        margin = margin * widening
-    return torch.addcdiv(margin, _LOG_1023, site.k[columns]).add_(site.bias[columns]).sub_(site.tau[columns])
-
-
-def _above(x: Tensor, detector: Tensor, floor: Tensor) -> Tensor | None:
-    """x [N, D] fp32 -> (token, column) of the candidates, [P, 2], or None."""
-    square = (x * x).sum(-1, keepdim=True)
-    if bool((square < SAFE_SQUARE).all()):
-        v = x * square.div_(x.shape[-1]).add_(EPSILON).rsqrt_()
+    if candidates is None:
+        pairs = may_fire(tokens, rows, token_rows, site)
     else:
-        v = normalise(x)[2]
-    above = (torch.addmm(floor, v, detector.t()) > 0).nonzero()
-    return above if above.numel() else None
+        pairs = _listed(candidates, token_rows, site)
+    if pairs.token.numel():
+        _suppress_pairs(x, tokens, token_rows, pairs, site, hits)
 
 
-def _above_one(x: Tensor, detector: Tensor, floor: Tensor) -> Tensor | None:
-    """`_above` for one token [1, D], as in decoding, where the number of calls is what costs."""
-    token = x[0]
-    square = float(torch.dot(token, token))
-    if not square < SAFE_SQUARE:
-        return _above(x, detector, floor)
-    reduced = torch.addmv(floor, detector, token, alpha=(square / x.shape[-1] + EPSILON) ** -0.5)
-    return (reduced.unsqueeze(0) > 0).nonzero() if float(reduced.max()) > 0 else None
+def _listed(candidates: Candidates, rows: Tensor, site: SiteTensors) -> Pairs:
+    """The pairs that `detect` listed; of a token whose list overflowed, its whole set."""
+    limit = candidates.found.shape[1]
+    there = torch.arange(limit) < candidates.count.unsqueeze(-1)
+    overflowed = candidates.count > limit
+    token, entry = (there & ~overflowed.unsqueeze(-1)).nonzero(as_tuple=True)
+    slot = site.sets[rows[token].long(), candidates.found[token, entry].long()]
+    over = overflowed.nonzero().squeeze(-1)
+    if over.numel():
+        whole = site.sets[rows[over].long()]
+        again, place = (whole >= 0).nonzero(as_tuple=True)
+        token, slot = torch.cat([token, over[again]]), torch.cat([slot, whole[again, place]])
+    return Pairs(token, slot.long())
 
 
-def _widening(width: int) -> float:
-    """The margin's growth where the user allows fp32 products in bf16 or TF32; 2⁻⁵ bounds truncated bf16."""
-    backend = getattr(torch.backends.mkldnn, "matmul", None)
-    full = (
-        getattr(backend, "fp32_precision", "none") in ("none", "ieee")
-        and torch.get_float32_matmul_precision() == "highest"
-    )
-    return 1.0 if full else 1.0 + 2.0**-6 / gamma(width)
-
-
-def _suppress_candidates(
-    x: Tensor,
-    tokens: Tensor,
-    rows: Tensor,
-    token: Tensor,
-    slot: Tensor,
-    site: SiteTensors,
-    sets: _Sets,
-    hits: Tensor | None,
+def _suppress_pairs(
+    x: Tensor, tokens: Tensor, rows: Tensor, pairs: Pairs, site: SiteTensors, hits: Tensor | None
 ) -> None:
-    """Decide the pairs (token [P], slot [P]) and edit x, [N, D] or [B, T, D]; `tokens` and `rows` are its flat form."""
-    place = _places(rows[token], slot, site, sets)
-    member = place >= 0
-    token, slot, place = token[member], slot[member], place[member]
+    """Decide the pairs, each of its token's set, and edit x [N, D] or [B, T, D]; `tokens`, `rows` are its flat form."""
+    token, slot = pairs
     distinct, at = token.unique(return_inverse=True)
     y, scale, v = normalise(tokens[distinct].float())
     z, hit, fires = _decide(v, at, slot, site)
     if hits is not None:
         hits[token[hit], site.owner[slot[hit]].long()] = True
-    at, slot, place, z = at[fires], slot[fires], place[fires], z[fires]
+    token, at, slot, z = token[fires], at[fires], slot[fires], z[fires]
     if at.numel() == 0:
         return
-    order = (at * site.sets.shape[1] + place).argsort()
+    order = (at * site.sets.shape[1] + site.place[rows[token].long(), slot]).argsort()
     at, slot = at[order], slot[order]
     _edit(y, scale, at, slot, _weight(z[order], site.k[slot]) * site.strength[slot], site)
     touched = at.unique()
     write(x, distinct[touched], (y[touched] / scale[touched]).to(x.dtype))
-
-
-def _places(row: Tensor, slot: Tensor, site: SiteTensors, sets: _Sets) -> Tensor:
-    """The position of each slot in the canonical order of its row's set, -1 where it is not in it. All [P]."""
-    table = torch.full((len(sets.row), site.detector.shape[0]), -1)
-    which, position = (sets.slots >= 0).nonzero(as_tuple=True)
-    table[which, sets.slots[which, position].long()] = position
-    if len(sets.row) == 1:
-        return table[0, slot]
-    local = torch.full((site.sets.shape[0],), -1)
-    local[sets.row] = torch.arange(len(sets.row))
-    return table[local[row.long()], slot]
 
 
 def _decide(v: Tensor, at: Tensor, slot: Tensor, site: SiteTensors) -> tuple[Tensor, Tensor, Tensor]:

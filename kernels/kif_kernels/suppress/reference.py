@@ -4,9 +4,9 @@
     g_s     = gate(score_s)                      hard: score > 0; soft: sigmoid(k·(score − τ)), 0 below 2⁻¹⁰
     x      ← x − α_s g_s U_sᵀ (U_s x − c_s)      s in the order of the token's capsule set
 
-Work is in fp32, or in float64 for float64 input; x is rounded once, at the end. Sums over D and over R have one fixed
-order (`ordered_sum`), so that a decision depends on nothing but the token and the signature. The fast paths use the
-same order.
+Work is in fp32, or in float64 for float64 input; x is rounded once, at the end. Sums over D have one fixed order
+(`ordered_sum`), and so have those over R, so that a decision depends on nothing but the token and the signature. The
+fast paths use the same order.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..layout import LOG_1023, SiteTensors
+from ..layout import LOG_1023, Candidates, SiteTensors
 
 EPSILON = 1e-6
 # A row with an entry over LARGE is worked on at SHRINK times its size, so that its square cannot overflow. Both are
@@ -24,22 +24,21 @@ EPSILON = 1e-6
 LARGE, SHRINK = 2.0**50, 2.0**-80
 
 
-def ordered_sum(terms: Tensor, dim: int = -1) -> Tensor:
-    """Sum over `dim` (-1 or -2) by adding the second half to the first until one is left, zero-padded to a power of
-    two.
+def ordered_sum(terms: Tensor) -> Tensor:
+    """[..., D] -> [...]: the second half is added to the first until one is left, zero-padded to a power of two.
 
     Elementwise additions only: the result depends neither on other rows, vector width or threads, nor on further
     padding.
     """
-    width = terms.shape[dim]
+    width = terms.shape[-1]
     while width > 1:
         half = 1 << (width - 1).bit_length() - 1
-        first, second = terms.split(half, dim)
+        first, second = terms.split(half, -1)
         if missing := 2 * half - width:
-            second = pad(second, (0, 0, 0, missing) if dim == -2 else (0, missing))
+            second = pad(second, (0, missing))
         terms = first + second
         width = half
-    return terms.squeeze(dim)
+    return terms.squeeze(-1)
 
 
 def normalise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,9 +67,15 @@ def gate(score: Tensor, k: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def removed(y: Tensor, basis: Tensor, target: Tensor, amount: Tensor) -> Tensor:
-    """amount · Uᵀ (U y − c). y [N, D], basis [N or 1, R, D], target [N or 1, R], amount [N]; gives [N, D]."""
+    """amount · Uᵀ (U y − c), its directions added up one after another.
+
+    y [N, D], basis [N or 1, R, D], target [N or 1, R], amount [N]; gives [N, D].
+    """
     coefficient = amount.unsqueeze(-1) * (ordered_sum(basis * y.unsqueeze(-2)) - target)
-    return ordered_sum(basis * coefficient.unsqueeze(-1), dim=-2)
+    total = torch.zeros_like(y)
+    for r in range(basis.shape[-2]):
+        total = total + coefficient[:, r, None] * basis[:, r]
+    return total
 
 
 def flatten(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,8 +123,18 @@ def suppress(x: Tensor, rows: Tensor, site: SiteTensors) -> Tensor:
     return out.reshape(x.shape)
 
 
-def suppress_(x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None) -> None:
-    """In place; only the tokens on which something fires are written."""
+def suppress_backward(grad: Tensor, x: Tensor, rows: Tensor, site: SiteTensors) -> Tensor:
+    """The gradient in x, contiguous, by differentiating `suppress`."""
+    with torch.enable_grad():
+        again = x.detach().requires_grad_()
+        out = suppress(again, rows, site)
+    return torch.autograd.grad(out, again, grad)[0].contiguous()
+
+
+def suppress_(
+    x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None, candidates: Candidates | None = None
+) -> None:
+    """In place; only the tokens on which something fires are written. Looks at every signature, candidate or not."""
     tokens, token_rows = flatten(x, rows)
     for index, value in edits(tokens, token_rows, site, hits):
         write(x, index, value)

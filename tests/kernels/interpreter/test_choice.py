@@ -1,0 +1,97 @@
+"""What the registered operators run on a GPU, called as the dispatcher calls it, on CPU tensors."""
+
+from importlib import import_module
+
+import pytest
+import torch
+
+from kif_kernels import Candidates, add_norm_suppress
+from kif_kernels.add_norm_suppress import triton as fused_kernels
+from kif_kernels.detect import triton as detect_kernels
+from kif_kernels.suppress import reference
+from kif_kernels.suppress import triton as suppress_kernels
+from kif_kernels.suppress import triton_backward as backward_kernels
+
+# the package's `suppress` and `detect` are functions
+suppress, detect = import_module("kif_kernels.suppress"), import_module("kif_kernels.detect")
+SETS = [[0, 1, 2, 3, 4], [3]]
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """The kernels launched, by name."""
+    names: list[str] = []
+    for module in (suppress_kernels, fused_kernels, detect_kernels, backward_kernels):
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            kernel = getattr(module, name)
+
+            class Counted:
+                def __getitem__(self, grid, kernel=kernel, name=name):
+                    names.append(name)
+                    return kernel[grid]
+
+            monkeypatch.setattr(module, name, Counted())
+    return names
+
+
+@pytest.mark.parametrize(
+    ("tokens", "listed", "kernel"),
+    [(3, False, "suppress_kernel"), (64, False, "suppress_tile_kernel"), (64, True, "suppress_kernel")],
+)
+def test_suppress(make_site, random_tokens, launched, tokens, listed, kernel) -> None:
+    site, x, rows = make_site(16, 5, SETS), random_tokens(tokens, 16), torch.ones(tokens, dtype=torch.int32)
+    rows[3:] = -1
+    expected, candidates = x.clone(), Candidates.empty(tokens)
+    reference.suppress_(expected, rows, site)
+    detect._detect_on_gpu(x, None, rows, *site.tensors, candidates.count, candidates.found)
+    lists = (candidates.count, candidates.found) if listed else (None, None)
+    suppress._suppress_gpu_(x, rows, *site.tensors, None, *lists)
+    assert torch.equal(x, expected)
+    assert launched == ["detect_kernel", kernel]
+
+
+@pytest.mark.parametrize("name", ["add_norm_suppress_", "suppress_normed_"])
+def test_the_fused_operators(make_site, random_tokens, launched, name) -> None:
+    site, rows, weight = make_site(16, 5, SETS), torch.zeros(3, dtype=torch.int32), torch.ones(16)
+    ours, theirs = ([random_tokens(3, 16), random_tokens(3, 16, seed=2)] for _ in range(2))
+    add_norm_suppress._on_gpu(name, *ours, rows, *site.tensors, weight, 1e-5, False, None, None, None)
+    getattr(add_norm_suppress.reference, name)(*theirs, rows, site, weight, 1e-5)
+    assert torch.equal(ours[1], theirs[1])
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-6)
+    assert launched == [f"{name}kernel"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_the_gradient(make_site, random_tokens, launched) -> None:
+    site, rows = make_site(16, 5, SETS, gate="soft"), torch.zeros(1, dtype=torch.int32)
+    x, grad = random_tokens(1, 16), random_tokens(1, 16, seed=2)
+    ours = suppress._suppress_backward_gpu(grad, x, rows, *site.tensors)
+    assert torch.allclose(ours, reference.suppress_backward(grad, x, rows, site), atol=1e-5)
+    assert launched == ["suppress_backward_kernel"]
+
+
+@pytest.fixture
+def unwarned():
+    suppress.kernels.cache_clear()
+    suppress._warn_of_reference.cache_clear()
+
+
+def test_float64_is_left_to_the_reference_with_a_warning(make_site, random_tokens, launched, unwarned) -> None:
+    site, x, rows = make_site(16, 5, SETS), random_tokens(3, 16).double(), torch.zeros(3, dtype=torch.int32)
+    expected = x.clone()
+    reference.suppress_(expected, rows, site)
+    with pytest.warns(UserWarning, match="no kernel for float64: its slow reference runs"):
+        suppress._suppress_gpu_(x, rows, *site.tensors, None, None, None)
+    assert torch.equal(x, expected)
+    assert not launched
+
+
+def test_gradients_through_long_sets_are_left_to_the_reference_with_a_warning(
+    make_site, random_tokens, launched, unwarned
+) -> None:
+    site, rows = make_site(16, 65, [list(range(65))], gate="soft"), torch.zeros(1, dtype=torch.int32)
+    x, grad = random_tokens(1, 16), random_tokens(1, 16, seed=2)
+    with pytest.warns(UserWarning, match="gradients through sets of over 64 signatures"):
+        ours = suppress._suppress_backward_gpu(grad, x, rows, *site.tensors)
+    assert torch.equal(ours, reference.suppress_backward(grad, x, rows, site))
+    assert not launched
