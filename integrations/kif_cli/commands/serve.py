@@ -10,11 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from kif_runtime.errors import KifError, one_line
+from kif_vllm.config import ADMIN_KEY
 
 from .. import options
 from ..console import err, out, print_json
-
-ADMIN_KEY = "KIF_ADMIN_KEY"
 
 
 def serve(
