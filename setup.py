@@ -50,5 +50,9 @@ setup(
         "bench": BENCH,
         "dev": [*BAKE, *DEMO, *BENCH, *TEST, "ruff>=0.9", "mypy>=1.14"],
     },
-    entry_points={"console_scripts": ["kif=kif_cli.main:main"]},
+    entry_points={
+        "console_scripts": ["kif=kif_cli.main:main"],
+        "vllm.general_plugins": ["kif=kif_vllm.plugin:register"],
+        "vllm.endpoint_plugins": ["kif=kif_vllm.plugin:endpoints"],
+    },
 )

@@ -1,0 +1,1 @@
+"""What runs in the API server: admission of requests, admin routes, metrics."""

