@@ -95,13 +95,15 @@ class Decision:
     near_rate: float
 
 
-def decide(detector: Detector, held_out: Tensor, negatives: Tensor, near: Tensor, asked: float) -> Decision:
+def decide(
+    detector: Detector, held_out: Tensor, negatives: Tensor, near: Tensor, asked: float, up: float = 0.25
+) -> Decision:
     """Put the threshold where at most `asked` of the negatives fire, above the near misses where recall allows it.
 
     Where that floor is over the weakest positive, it falls, down to MOST_FALSE_FIRES.
 
-    From that floor it goes a quarter of the way to the weakest held-out positive: texts differ more than controls, and
-    contexts more than templates. held_out [H, D], negatives [N, D], near [M, D] are RMS-normalised states.
+    From that floor it goes the share `up` of the way to the weakest held-out positive, by default a quarter: texts differ
+    more than controls, and contexts more than templates. held_out [H, D], negatives [N, D], near [M, D] are RMS-normalised states.
     """
     background, hits = detector.scores(negatives), detector.scores(held_out).sort().values
     tail = fit_tail(background)
@@ -114,7 +116,7 @@ def decide(detector: Detector, held_out: Tensor, negatives: Tensor, near: Tensor
     close = detector.scores(near) if len(near) else background[:0]
     if len(close):
         floor = max(floor, min(float(close.max()), 0.5 * (floor + weakest)))
-    threshold = floor + 0.25 * max(0.0, weakest - floor)
+    threshold = floor + up * max(0.0, weakest - floor)
     moved = tail | {"threshold": tail["threshold"] - threshold}
     quantiles = torch.quantile(hits.double(), torch.linspace(0, 1, min(33, len(hits))).double()) - threshold
     counted = float((background > threshold).float().mean())

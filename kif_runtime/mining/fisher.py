@@ -53,7 +53,7 @@ def _opening(control: Control, group: Group, asked: float, forms: Sequence[str])
     level = control.opening
     negatives = level.states[control.silent(level.text, forms)].float()
     detector = fisher(group.states, level.mean, level.scatter, group.aside, torch.cat([negatives, group.aside]))
-    decision = decide(detector, group.states, negatives, group.aside, asked)
+    decision = decide(detector, group.states, negatives, group.aside, asked, up=0.75)  # the state is always the same
     return rank_one(level.site, "first", decision, group.raw[0], level.usual)
 
 
