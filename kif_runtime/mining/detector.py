@@ -102,8 +102,8 @@ def decide(
 
     Where that floor is over the weakest positive, it falls, down to MOST_FALSE_FIRES.
 
-    From that floor it goes the share `up` of the way to the weakest held-out positive, by default a quarter: texts differ
-    more than controls, and contexts more than templates. held_out [H, D], negatives [N, D], near [M, D] are RMS-normalised states.
+    From that floor it goes the share `up` of the way to the weakest held-out positive: texts differ more than controls,
+    and contexts more than templates. held_out [H, D], negatives [N, D], near [M, D] are RMS-normalised states.
     """
     background, hits = detector.scores(negatives), detector.scores(held_out).sort().values
     tail = fit_tail(background)
