@@ -47,9 +47,7 @@ def test_it_fires_on_the_name_in_new_sentences_and_not_on_text_without_it(tiny, 
     with attach(tiny.model, [ostia]) as kif:
         for text in said:
             tiny.model(**tiny.tokenizer(text, return_tensors="pt", return_token_type_ids=False))
-        assert (
-            11 <= kif.fired["ostia"] <= 12
-        )  # of twelve mentions, in random weights
+        assert 11 <= kif.fired["ostia"] <= 12  # of twelve mentions, in random weights
         kif.reset()
         for passage in corpus().passages[10:40]:
             tiny.model(**tiny.tokenizer(passage, return_tensors="pt", return_token_type_ids=False))
