@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 
 from ..errors import MiningError
@@ -69,7 +69,12 @@ def checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 def mentions(text: str, forms: Sequence[str]) -> bool:
     """Whether `text` names the subject under one of its forms, as whole words and whatever the case."""
-    return re.search("|".join(_whole(form) for form in forms), text, re.IGNORECASE) is not None
+    return _naming(tuple(forms)).search(text) is not None
+
+
+@lru_cache(maxsize=64)
+def _naming(forms: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(_whole(form) for form in forms), re.IGNORECASE)
 
 
 def _whole(form: str) -> str:
