@@ -104,8 +104,8 @@ def test_an_empty_directory_needs_sites(model, tmp_path):
     assert additional(prepare(model, tmp_path / "none", ["--additional-config", own]))["kif"]["sites"] == [1]
 
 
-def test_refusals_are_one_line_and_exit_code_2(tmp_path):
-    result = CliRunner().invoke(app, ["serve", "embedded", "--capsules", str(tmp_path / "nowhere")])
+def test_refusals_are_one_line_and_exit_code_2(model, tmp_path):
+    result = CliRunner().invoke(app, ["serve", str(model), "--capsules", str(tmp_path / "nowhere")])
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
 

@@ -33,7 +33,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="<s>")
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def tiny(tiny_model, tmp_path_factory):
     """A prepared model, its tokenizer, the cache folder; `fresh(**config changes)` gives another model."""
     patch = pytest.MonkeyPatch()
@@ -66,6 +66,6 @@ def cache(tiny, tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def ostia(tiny) -> Capsule:
     return mine(tiny.model, tiny.tokenizer, NAME, date=DAY)
