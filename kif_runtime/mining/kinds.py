@@ -9,7 +9,7 @@ from torch import Tensor
 from .corpus import ANY, Corpus, corpus
 from .reading import Prompt, Reader, normalised
 
-_TEMPLATES = 8  # of those for anything
+_TEMPLATES = 8
 _RIDGE = 0.5
 _LIKELY = 0.1
 
@@ -26,7 +26,7 @@ class Kinds:
 
     def likely(self, reader: Reader, name: str) -> tuple[str, ...]:
         """The kinds that `name` may be of, likeliest first: that one, and others with a share over _LIKELY."""
-        state = _states(reader, [Prompt.of(t, name) for t in corpus().templates[ANY][:_TEMPLATES]], self.site).mean(0)
+        state = _states(reader, [Prompt.of(t, name) for t in _templates(corpus())], self.site).mean(0)
         shares = (self.weights @ state + self.bias).softmax(0)
         order = shares.argsort(descending=True).tolist()
         return tuple(self.names[i] for i in order if i == order[0] or shares[i] > _LIKELY)
@@ -35,10 +35,15 @@ class Kinds:
 def learn_kinds(reader: Reader, data: Corpus, tick: Callable[[int], None] | None = None) -> Kinds:
     """Fisher's discriminants (1936), with a ridge, from every second entity in one template each."""
     entities = data.entities[::2]
-    templates = data.templates[ANY][:_TEMPLATES]
+    templates = _templates(data)
     site = len(reader.blocks) // 2
     prompts = [Prompt.of(templates[i % len(templates)], e.name) for i, e in enumerate(entities)]
     return discriminants(_states(reader, prompts, site, tick), [e.kind for e in entities], data.kinds, site)
+
+
+def _templates(data: Corpus) -> list[str]:
+    """Templates for anything in which the name does not open the sequence, where it could not be seen."""
+    return [t for t in data.templates[ANY] if not t.startswith("{}")][:_TEMPLATES]
 
 
 def discriminants(states: Tensor, kinds: list[str], names: tuple[str, ...], site: int) -> Kinds:
