@@ -127,7 +127,7 @@ def widen(
     coordinates, usual = features(means), means[:, 0].mean(0)
     asked = [a for a in asked if a.far > FAR]
     weights = [min(a.far, 2.0) + 0.05 for a in asked]
-    aside = neutral._bystander_items(reader, known, 120, random.Random(3))
+    aside = neutral.bystander_items(reader, known, 120, random.Random(3))
     vector, matrix = start.clone().requires_grad_(True), torch.zeros(reader.width, RANK, requires_grad=True)
     rates = (RATE * scale, MAP_RATE * scale)
     optimiser = torch.optim.Adam(
@@ -138,7 +138,7 @@ def widen(
         entities = [a.entity for a in drawn]
         own = vector + coordinates[entities] @ matrix.T
         loss = _loss(reader, site, drawn, own, means[entities, 0] - usual, usual) * BATCH
-        loss = loss + neutral._loss(reader, site, rng.sample(aside, ASIDE), vector, [1] * ASIDE) * ASIDE
+        loss = loss + neutral.mean_loss(reader, site, rng.sample(aside, ASIDE), vector, [1] * ASIDE) * ASIDE
         vector.grad, matrix.grad = torch.autograd.grad(loss / (BATCH + ASIDE), (vector, matrix))
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - step / steps)

@@ -134,14 +134,14 @@ def learn(
     rng = random.Random(seed)
     items = _items(known)
     weights = [item.weight for item in items]
-    aside = _bystander_items(reader, known, 24 * bystanders, rng)
+    aside = bystander_items(reader, known, 24 * bystanders, rng)
     start = torch.randn(reader.width, generator=torch.Generator().manual_seed(seed))
     vector = (start / start.norm() * 0.1 * scale).requires_grad_(True)
     rate = 0.022 * scale
     optimiser = torch.optim.Adam([vector], lr=rate, betas=(0.9, 0.95))
     for step in range(steps):
         drawn = rng.choices(items, weights=weights, k=batch) + rng.sample(aside, min(bystanders, len(aside)))
-        loss = _loss(reader, site, drawn, vector, [rng.choice((1, 1, 2, 99)) for _ in drawn])
+        loss = mean_loss(reader, site, drawn, vector, [rng.choice((1, 1, 2, 99)) for _ in drawn])
         (vector.grad,) = torch.autograd.grad(loss, vector)
         optimiser.param_groups[0]["lr"] = rate * (1 - step / steps)
         optimiser.step()
@@ -163,7 +163,7 @@ def _items(known: dict[str, References]) -> list[_Item]:
 
 
 @torch.no_grad()
-def _bystander_items(reader: Reader, known: dict[str, References], count: int, rng: random.Random) -> list[_Item]:
+def bystander_items(reader: Reader, known: dict[str, References], count: int, rng: random.Random) -> list[_Item]:
     """Texts that name one entity and ask about another, whose answer must stay."""
     names = [n for r in known.values() for n in r.names]
     made = []
@@ -183,7 +183,9 @@ def _bystander_items(reader: Reader, known: dict[str, References], count: int, r
     return out
 
 
-def _loss(reader: Reader, site: int, items: Sequence[_Item], vector: Tensor, suffixes: Sequence[int]) -> Tensor:
+def mean_loss(reader: Reader, site: int, items: Sequence[_Item], vector: Tensor, suffixes: Sequence[int]) -> Tensor:
+    """Mean divergence, in nats, from what each item should answer, when the last `suffixes[i]` tokens of its name carry
+    `vector` at the site; differentiable in `vector` [D]."""
     batch: Batch = reader.encode([i.prompt.text for i in items])
     spans = [reader.name_span(batch.offsets[r, : int(batch.lengths[r])], i.prompt) for r, i in enumerate(items)]
     places = [(r, p) for r, (span, last) in enumerate(zip(spans, suffixes, strict=True)) for p in span[-last:]]

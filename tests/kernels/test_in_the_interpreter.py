@@ -25,6 +25,7 @@ def run(chosen: str) -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow  # half a minute
 def test_kernels() -> None:
     run("not slow")
 

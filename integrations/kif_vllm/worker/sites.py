@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
 _NORM = Place("model.layers", "input_layernorm", "model.norm")
 
-# Each was compared with the Hugging Face model of the same weights: tests/vllm/test_vllm_architectures.py.
+# Each was compared with the Hugging Face model of the same weights: tests/vllm/test_engine_architectures.py.
 REGISTRY = {
     "LlamaForCausalLM": _NORM,
     "MistralForCausalLM": _NORM,
