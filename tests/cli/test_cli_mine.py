@@ -1,6 +1,7 @@
 """kif mine, around a stand-in for the mining itself, which has tests of its own."""
 
 import json
+import resource
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -88,6 +89,29 @@ def test_an_interruption_writes_nothing(refused_after_work, tiny, mining, tmp_pa
     out = tmp_path / "out"
     assert refused_after_work("mine", "Japan", "-m", tiny.folder, "-o", out) == "kif: interrupted; nothing written"
     assert not out.exists()
+
+
+@pytest.fixture
+def no_room():
+    """The system lets no file grow over 1,000 bytes: the refusal of a write that a full disk is, too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_where_there_is_no_room_nothing_is_half_written(
+    refused_after_work, tiny, mining, capsule, tmp_path, request, earlier
+):
+    path = tmp_path / "japan.kif.safetensors"
+    if earlier:
+        capsule.save(path)
+    before = [(p, p.read_bytes()) for p in tmp_path.iterdir()]
+    request.getfixturevalue("no_room")
+    told = refused_after_work("mine", "Japan", "-m", tiny.folder, "-o", path)
+    assert told.startswith("kif: cannot write") and "nothing was written" in told
+    assert [(p, p.read_bytes()) for p in tmp_path.iterdir()] == before
 
 
 @pytest.fixture
