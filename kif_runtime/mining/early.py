@@ -6,6 +6,7 @@ anybody has read what is known of them. The name's first token is left alone: it
 """
 
 import random
+import unicodedata
 
 import torch
 from torch import Tensor
@@ -51,12 +52,17 @@ def early_signatures(reader: Reader, control: Control, subject: Subject, asked: 
 
 
 def _tokens(reader: Reader, subject: Subject) -> dict[int, list[tuple[int, int]]]:
-    """By token id, the (prompt, position) of each token of the name after its first."""
+    """By token id, the (prompt, position) of each token of the name after its first.
+
+    Brackets, hyphens and the like are left out: any text is full of them, and control texts show few of their uses.
+    """
     batch = reader.encode([p.text for p in subject.prompts])
     found: dict[int, list[tuple[int, int]]] = {}
-    for i, span in enumerate(subject.spans):
+    for i, (prompt, span) in enumerate(zip(subject.prompts, subject.spans, strict=True)):
         for q in span[1:]:
-            found.setdefault(int(batch.ids[i, q]), []).append((i, q))
+            start, end = batch.offsets[i, q].tolist()
+            if any(unicodedata.category(c)[0] not in "PSZ" for c in prompt.text[start:end]):
+                found.setdefault(int(batch.ids[i, q]), []).append((i, q))
     return found
 
 

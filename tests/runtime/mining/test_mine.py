@@ -188,6 +188,13 @@ def test_a_token_that_stands_in_many_other_texts_gets_no_early_signature(tiny, l
     assert "early" in before and "early" not in after and "last" in after
 
 
+def test_punctuation_in_a_name_gets_no_early_signature(tiny, lenient):
+    plain = mine(tiny.model, tiny.tokenizer, TWO, **lenient)
+    bracketed = mine(tiny.model, tiny.tokenizer, f"{TWO} (!)", **lenient)
+    early = [[s.detector for s in c.signatures if s.role == "early"] for c in (plain, bracketed)]
+    assert len(early[1]) == len(early[0]) >= 2  # the brackets add tokens, and none of them a signature
+
+
 def test_the_published_method_gives_one_soft_signature_of_rank_one(tiny):
     capsule = mine(tiny.model, tiny.tokenizer, TWO, method="kif-paper")
     (s,) = capsule.signatures
