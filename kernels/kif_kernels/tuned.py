@@ -19,6 +19,7 @@ from torch import Tensor
 from .layout import KernelError
 
 LONGEST_CHUNK = 64  # signatures of a set that a row kernel decides on before it applies them
+WIDEST = 8192  # numbers of a token that a program holds in registers; more would spill on every target
 
 
 @cache

@@ -66,6 +66,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch, "compile", lambda call, **_: call)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     monkeypatch.setattr(gpu, "case", lambda *shape: cases.case(*shape[:-1], "cpu"))
     monkeypatch.setattr(gpu, "timed", lambda call, rounds: (timed.append(call), call()) and (1e-6, 2e-6, 4e-6))
     monkeypatch.setattr(gpu, "launches", lambda call: 1)

@@ -217,6 +217,25 @@ def test_hits_at_the_edges_of_tiles(make_site, edge, monkeypatch) -> None:
     assert hits.nonzero().tolist() == [[edge, edge // 2]]
 
 
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("width", [31, 576])
+def test_a_tile_leaves_out_no_token_however_near_the_gate(
+    random_tokens, on_the_edge, monkeypatch, width, aligned
+) -> None:
+    """Scores by one step over the gate, of operands that are cut to TF32."""
+    monkeypatch.setattr(tuned, "in_tiles", lambda *_: True)
+    before = random_tokens(20, width)
+    site = on_the_edge(before, before if aligned else random_tokens(20, width, seed=2))
+    x = before.clone()
+    suppress_(x, torch.arange(20, dtype=torch.int32), site)
+    assert (x != before).any(1).all()
+    site.bias.copy_(torch.nextafter(site.bias, torch.tensor(float("-inf"))))  # one step lower: nothing fires
+    site.write_screen(slice(0, 20))
+    x = before.clone()
+    suppress_(x, torch.arange(20, dtype=torch.int32), site)
+    assert torch.equal(x, before)
+
+
 def test_hits_are_added_never_taken_back(make_site, random_tokens, in_tiles) -> None:
     site, hits = make_site(48, 5, SETS, bias=-50.0), torch.eye(3, dtype=torch.bool)
     suppress_(random_tokens(3, 48), torch.zeros(3, dtype=torch.int32), site, hits)
