@@ -48,7 +48,8 @@ def table(device: torch.device) -> dict[str, Any]:
 
 
 def row_config(kernel: str, width: int, chunk: int, x: Tensor) -> dict[str, int]:
-    """num_warps and BLOCK (signatures scored at once) of "row" or "backward", which decides `chunk` of them at once."""
+    """num_warps and BLOCK (signatures scored at once) of "row" or "backward", which decides `chunk` of them at once; on
+    NVIDIA perhaps maxnreg, where the assembler would rather spill than take more registers."""
     config = _first(table(x.device)[kernel], "width", width)
     return config | {"BLOCK": min(chunk, config["BLOCK"])}
 
