@@ -45,7 +45,7 @@ def test_what_ships_passes_the_gate(builds, target) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [576, 2048, 5120, 8192])
+@pytest.mark.parametrize("width", [576, 2048, 8192])  # 5120 is configured as 8192
 @pytest.mark.parametrize("target", GPUS)
 def test_what_takes_most_registers_passes_at_other_widths(target, width) -> None:
     """`kif bench --compiled` compiles all else, too, in some minutes."""
