@@ -51,7 +51,7 @@ def suppress(x: Tensor, rows: Tensor, site: SiteTensors) -> Tensor:
     """`suppress_` out of place, differentiable in x; same arguments, a new tensor of x's shape and dtype.
 
     The forward pass is taken again for the gradient, so that nothing but x is kept. A hard gate has gradient zero, so
-    it passes through the projection only. On a GPU there is a kernel for sets of up to 64 signatures.
+    it passes through the projection only. On a GPU there is a kernel for sets of up to 64 signatures; in fp32, D to 4096.
     """
     check_tokens(x, rows, site)
     return torch.ops.kif.suppress(x, rows, *site.tensors)
@@ -125,6 +125,8 @@ def _suppress_backward_gpu(grad: Tensor, x: Tensor, rows: Tensor, *tensors: Tens
     site = SiteTensors(*tensors)
     if site.sets.shape[1] > LONGEST_CHUNK:
         path: Any = _warn_of_reference(f"for gradients through sets of over {LONGEST_CHUNK} signatures")
+    elif x.dtype == torch.float32 and x.shape[-1] > WIDEST // 2:  # on sm_90 it would spill
+        path = _warn_of_reference(f"for gradients in fp32 of over {WIDEST // 2} numbers")
     else:
         path = kernels("suppress", x.dtype, x.shape[-1])
     return (path or reference).suppress_backward(grad, x, rows, site)
