@@ -51,7 +51,7 @@ def suppress(x: Tensor, rows: Tensor, site: SiteTensors) -> Tensor:
     """`suppress_` out of place, differentiable in x; same arguments, a new tensor of x's shape and dtype.
 
     The forward pass is taken again for the gradient, so that nothing but x is kept. A hard gate has gradient zero, so
-    it passes through the projection only. On a GPU there is a kernel for sets of up to 64 signatures; in fp32, D to 4096.
+    it passes through the projection only. On a GPU there is a kernel for sets of up to 64 signatures (fp32: D to 4096).
     """
     check_tokens(x, rows, site)
     return torch.ops.kif.suppress(x, rows, *site.tensors)
