@@ -6,7 +6,7 @@ pytest bench/bench_gpu.py
 import pytest
 import torch
 
-from kif_cli.benchmarks import gpu
+from kif_cli.benchmarks import cases, gpu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: nothing is measured")
 
@@ -14,11 +14,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 @pytest.mark.parametrize("signatures", gpu.SIGNATURES)
 @pytest.mark.parametrize("tokens", gpu.TOKENS)
 def test_add_norm_suppress(benchmark, tokens: int, signatures: int) -> None:
-    case = gpu.case(tokens, 4096, signatures, False, "cuda")
-    gpu.check(case)
+    case = cases.case(tokens, 4096, signatures, False, "cuda")
+    cases.check(case)
 
     def call() -> None:
-        gpu.kif(case)
+        cases.kif(case)
         torch.cuda.synchronize()
 
     benchmark(call)

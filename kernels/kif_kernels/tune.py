@@ -59,7 +59,7 @@ def new_table(cost: Callable[[str, int, Config], float], report: Callable[[str],
         table[kernel] = []
         for size in sizes:
             chosen = best(SPACE[kernel], partial(cost, kernel, size))
-            table[kernel].append({by: LAST if size == sizes[-1] else size, **chosen})
+            table[kernel].append({by: LAST if by == "tokens" and size == sizes[-1] else size, **chosen})
             report(f"{kernel}, {by} {size}: {chosen}")
     return table
 

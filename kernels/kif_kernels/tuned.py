@@ -19,6 +19,7 @@ from torch import Tensor
 from .layout import KernelError
 
 LONGEST_CHUNK = 64  # signatures of a set that a row kernel decides on before it applies them
+WIDEST = 8192  # numbers of a token that a program holds in registers; more would spill on every target
 
 
 @cache
@@ -47,7 +48,8 @@ def table(device: torch.device) -> dict[str, Any]:
 
 
 def row_config(kernel: str, width: int, chunk: int, x: Tensor) -> dict[str, int]:
-    """num_warps and BLOCK (signatures scored at once) of "row" or "backward", which decides `chunk` of them at once."""
+    """num_warps and BLOCK (signatures scored at once) of "row" or "backward", which decides `chunk` of them at once; on
+    NVIDIA perhaps maxnreg, where the assembler would rather spill than take more registers."""
     config = _first(table(x.device)[kernel], "width", width)
     return config | {"BLOCK": min(chunk, config["BLOCK"])}
 

@@ -154,6 +154,21 @@ def test_the_bound_in_8_bits_rules_out_nearly_everything_else(make_site) -> None
     assert (scores(x, site) > 0).sum() <= let_through < (scores(x, site) > -0.5).sum()
 
 
+@pytest.mark.parametrize(("tokens", "block"), [(512, 1), (16, 16 * 33), (7, 7 * 500), (1, 499)])
+def test_blocks_of_any_size_find_the_same_pairs(make_site, monkeypatch, tokens, block) -> None:
+    """Blocks of one detector, too: there torch might take it for its transpose."""
+    site = make_site(64, 500, [range(500)], bias=-2.5)
+    x, rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)), torch.zeros(40, dtype=torch.int32)
+    with screening("8 bits"):
+        whole = cpu_screen.may_fire(x, rows, rows, site)
+        monkeypatch.setattr(cpu_screen, "SKETCH_TOKENS", tokens)
+        monkeypatch.setattr(cpu_screen, "BLOCK", block)
+        parts = cpu_screen.may_fire(x, rows, rows, site)
+    assert torch.equal(parts.token, whole.token)
+    assert len(whole.token) > 100
+    assert set(zip(*(t.tolist() for t in parts), strict=True)) == set(zip(*(t.tolist() for t in whole), strict=True))
+
+
 def test_a_sketch_is_the_detector_to_within_what_it_says() -> None:
     detector = torch.randn(50, 300, generator=torch.Generator().manual_seed(1)) * torch.logspace(-20, 15, 50)[:, None]
     detector[7] = 0

@@ -198,6 +198,12 @@ def test_rows_that_are_not_finite_fire_nothing_and_disturb_nobody(make_site, bad
     assert single.numpy().tobytes() == before[2:3].numpy().tobytes()
 
 
+def test_the_root_is_correctly_rounded() -> None:
+    """As a GPU's is, or the two could decide differently by one step; torch's own fp32 root may not be."""
+    x = torch.rand(20000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-30, 30, 20000)
+    assert np.array_equal(reference.root(x).numpy(), np.sqrt(x.numpy()))
+
+
 def test_scores_match_numpy_and_the_gate(make_site) -> None:
     site, x = make_site(100, 5, SETS), tokens(2 * 9, 100).reshape(2, 9, 100)
     got = scores(x, site)

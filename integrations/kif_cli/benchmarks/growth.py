@@ -17,7 +17,9 @@ from kif_runtime import Capsule, CapsuleBank
 from kif_runtime.blocks import decoder_blocks, width
 from kif_runtime.mining.corpus import corpus
 
+from .charts import curves
 from .measuring import Call, interleaved
+from .record import Record
 
 RANK, HEIGHT, RIDGE = 2, 6.0, 0.1
 PREFILL, WAYS, CONTEXT = 512, 12, 64
@@ -112,23 +114,21 @@ def copy(x: Tensor, site: SiteTensors) -> Tensor:
 PEERS: Mapping[str, Peer] = {"dense": dense, "add": add, "copy": copy}
 
 
-def growth(model: Any, tokenizer: Any, sizes: Iterable[int], peers: Iterable[str], rounds: int) -> list[dict[str, Any]]:
-    """Rows of stage, signatures, what (kif or a peer) and its cost, all signatures at one site of the model."""
+def growth(record: Record, model: Any, tokenizer: Any, sizes: Iterable[int], peers: Iterable[str], rounds: int) -> None:
+    """Into the table `growth`: for each stage and number of signatures what KIF and the peers cost at one site."""
     block = len(decoder_blocks(model)) // 10
-    rows = []
     with torch.inference_mode():
         measured = stages(model, tokenizer, [block])
         states = other_states(model, tokenizer, block)
-        sites = {size: drawn(states, size) for size in sizes}
-        for stage in measured:
-            x = stage.states[block]
-            contenders: dict[tuple[int, str], Call] = {}
-            for size, site in sites.items():
-                contenders |= {(size, name): call for name, call in _contenders(x, site, peers)}
-            named = {f"{size} {name}": call for (size, name), call in contenders.items()}
-            for (size, name), found in zip(contenders, interleaved(stage.forward, named, rounds).values(), strict=True):
-                rows.append({"stage": stage.name, "signatures": size, "what": name} | found)
-    return rows
+        for size in sizes:
+            site = drawn(states, size)
+            for stage in measured:
+                shape = {"stage": stage.name, "signatures": size}
+                done = {row["what"] for row in record.rows("growth", **shape)}
+                calls = _contenders(stage.states[block], site, peers)
+                contenders = {what: call for what, call in calls if what not in done}
+                found = interleaved(stage.forward, contenders, rounds) if contenders else {}
+                record.add("growth", [{**shape, "what": what} | costs for what, costs in found.items()])
 
 
 def _contenders(x: Tensor, site: SiteTensors, peers: Iterable[str]) -> Iterable[tuple[str, Call]]:
@@ -139,11 +139,12 @@ def _contenders(x: Tensor, site: SiteTensors, peers: Iterable[str]) -> Iterable[
         yield name, partial(PEERS[name], x.clone(), site)
 
 
-def mined(model: Any, tokenizer: Any, capsules: list[Capsule], rounds: int) -> list[dict[str, Any]]:
-    """The same for capsules as they were mined, all at once, over all their sites."""
+def mined(record: Record, model: Any, tokenizer: Any, capsules: list[Capsule], rounds: int) -> None:
+    """Into the table `mined`: the same for capsules as they were mined, all at once, over all their sites."""
     bank = CapsuleBank.for_capsules(capsules, width=width(model))
     row = bank.row(c.id for c in capsules)
-    result = []
+    held = {"capsules": len(capsules), "signatures": sum(len(c.signatures) for c in capsules)}
+    record.results.pop("mined", None)  # perhaps of other capsules
     with torch.inference_mode():
         for stage in stages(model, tokenizer, bank.sites):
             states = {block: x.clone() for block, x in stage.states.items()}
@@ -153,6 +154,12 @@ def mined(model: Any, tokenizer: Any, capsules: list[Capsule], rounds: int) -> l
                     suppress_(x, torch.full((len(x),), row, dtype=torch.int32), bank.site(block))
 
             found = interleaved(stage.forward, {"kif": all_sites}, rounds)["kif"]
-            signatures = sum(len(c.signatures) for c in capsules)
-            result.append({"stage": stage.name, "capsules": len(capsules), "signatures": signatures} | found)
-    return result
+            record.add("mined", [{"stage": stage.name} | held | found])
+
+
+def plots(results: Mapping[str, Any]) -> dict[str, str]:
+    """The growth curves, both axes logarithmic; the dashed line is the most that it may cost."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in sorted(results["growth"], key=lambda row: row["signatures"]):
+        series.setdefault(f"{row['what']}, {row['stage']}", []).append((row["signatures"], row["share"]))
+    return {"growth": curves("Cost at one site", "signatures", "share of the model's forward", series, limit=0.05)}

@@ -50,7 +50,8 @@ def circumstances() -> dict[str, Any]:
     commit, clean = _checkout()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "gpu": gpu, "kif": kif_runtime.__version__, "torch": torch.__version__, "triton": _version("triton"),
+        "gpu": gpu, "cuda or hip": torch.version.hip or torch.version.cuda, "kif": kif_runtime.__version__,
+        "torch": torch.__version__, **{name: _version(name) for name in ("triton", "vllm", "liger-kernel")},
         "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "commit": commit, "clean_tree": clean,
     }  # fmt: skip

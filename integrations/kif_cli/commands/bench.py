@@ -9,8 +9,9 @@ from kif_runtime.errors import KifError
 
 from .. import options
 from ..console import out, print_json, progress, working
-from ..outputs import check_folder, make_folder, write_json, write_text
+from ..outputs import check_folder, write_text
 
+Measured = tuple[dict[str, Any], dict[str, str]]  # results, plots
 SIZES = (1, 10, 100, 1000, 10000)
 
 
@@ -32,7 +33,8 @@ def bench(
     ] = "576,2048,4096,5120,8192",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; the median is shown.")] = 7,
     output: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Write results.json and plots (SVG) to it.")
+        Path | None, typer.Option("-o", "--out", metavar="DIR", help="Write results.json and plots (SVG) to it. A run "
+                                  "that was cut off goes on there.")
     ] = None,
     json: options.Json = False,
 ) -> None:  # fmt: skip
@@ -48,14 +50,12 @@ def bench(
         check_folder(output)
     peers = tuple(against or ())
     if compiled:
-        results, plots = _compiled(numbers(widths, "--widths"), peers)
+        results, plots = _compiled(output, numbers(widths, "--widths"), peers)
     elif gpu:
-        results, plots = _on_gpu(numbers(widths, "--widths"), peers, rounds)
+        results, plots = _on_gpu(output, numbers(widths, "--widths"), peers, rounds)
     else:
-        results, plots = _on_cpu(model, capsules, numbers(sizes, "--sizes"), peers, rounds)
+        results, plots = _on_cpu(output, model, capsules, numbers(sizes, "--sizes"), peers, rounds)
     if output is not None:
-        make_folder(output)
-        write_json(output / "results.json", results)
         for name, plot in plots.items():
             write_text(output / f"{name}.svg", plot)
     if json:
@@ -79,13 +79,12 @@ def numbers(text: str, option: str) -> list[int]:
 
 
 def _on_cpu(
-    model: str, capsules: Path | None, sizes: list[int], peers: tuple[str, ...], rounds: int
-) -> tuple[dict[str, Any], dict[str, str]]:
+    output: Path | None, model: str, capsules: Path | None, sizes: list[int], peers: tuple[str, ...], rounds: int
+) -> Measured:
     from kif_runtime import Capsule
 
     from ..benchmarks import growth
-    from ..benchmarks.charts import curves
-    from ..benchmarks.measuring import circumstances
+    from ..benchmarks.record import Record
     from ..loading import open_model
 
     _known(peers, growth.PEERS)
@@ -93,19 +92,15 @@ def _on_cpu(
     if capsules and not paths:
         raise KifError(f"{capsules} holds no capsules (*.kif.safetensors)")
     loaded, tokenizer = open_model(model)
-    results: dict[str, Any] = {"circumstances": circumstances()}
+    record = Record(output, {"model": model, "rounds": rounds})
     with working("measuring; other programs on this machine disturb it"):
-        results["growth"] = growth.growth(loaded, tokenizer, sizes, peers or ("dense",), rounds)
+        growth.growth(record, loaded, tokenizer, sizes, peers or ("dense",), rounds)
         if paths:
-            results["mined"] = growth.mined(loaded, tokenizer, [Capsule.load(p) for p in paths], rounds)
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in results["growth"]:
-        series.setdefault(f"{row['what']}, {row['stage']}", []).append((row["signatures"], row["share"]))
-    plot = curves("Cost at one site", "signatures", "share of the model's forward", series, limit=0.05)
-    return results, {"growth": plot}
+            growth.mined(record, loaded, tokenizer, [Capsule.load(p) for p in paths], rounds)
+    return record.results, growth.plots(record.results)
 
 
-def _compiled(widths: list[int], peers: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+def _compiled(output: Path | None, widths: list[int], peers: tuple[str, ...]) -> Measured:
     if peers:
         raise KifError("--against compares times; --compiled takes none")
     try:
@@ -113,13 +108,13 @@ def _compiled(widths: list[int], peers: tuple[str, ...]) -> tuple[dict[str, Any]
     except ImportError:
         raise KifError("--compiled needs triton; install it with: pip install triton") from None
     with progress() as report:
-        return compiled.measured(widths, report)
+        return compiled.measured(output, widths, report)
 
 
-def _on_gpu(widths: list[int], peers: tuple[str, ...], rounds: int) -> tuple[dict[str, Any], dict[str, str]]:
+def _on_gpu(output: Path | None, widths: list[int], peers: tuple[str, ...], rounds: int) -> Measured:
     from ..benchmarks import gpu
 
-    return gpu.measured(widths, peers, rounds)
+    return gpu.measured(output, widths, peers, rounds)
 
 
 def _known(peers: tuple[str, ...], known: Any) -> None:

@@ -108,7 +108,7 @@ def _on_cpu(name: str, x: Tensor, residual: Tensor, rows: Tensor, *rest: Any) ->
 
 def _on_gpu(name: str, x: Tensor, residual: Tensor, rows: Tensor, *rest: Any) -> None:
     *tensors, weight, epsilon, one_plus, hits, count, found = rest
-    module: Any = kernels("add_norm_suppress", x.dtype) or reference
+    module: Any = kernels("add_norm_suppress", x.dtype, x.shape[-1]) or reference
     getattr(module, name)(
         x, residual, rows, SiteTensors(*tensors), weight, epsilon, one_plus, hits, packed(count, found)
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checks import check_candidates, check_hits, check_in_place, check_tokens, check_width
 from ..layout import SITE_ARGUMENTS, Candidates, SiteTensors
-from ..tuned import LONGEST_CHUNK
+from ..tuned import LONGEST_CHUNK, WIDEST
 from . import cpu, reference
 
 _library = torch.library.Library("kif", "DEF")
@@ -51,7 +51,7 @@ def suppress(x: Tensor, rows: Tensor, site: SiteTensors) -> Tensor:
     """`suppress_` out of place, differentiable in x; same arguments, a new tensor of x's shape and dtype.
 
     The forward pass is taken again for the gradient, so that nothing but x is kept. A hard gate has gradient zero, so
-    it passes through the projection only. On a GPU there is a kernel for sets of up to 64 signatures.
+    it passes through the projection only. On a GPU there is a kernel for sets of up to 64 signatures (fp32: D to 4096).
     """
     check_tokens(x, rows, site)
     return torch.ops.kif.suppress(x, rows, *site.tensors)
@@ -79,10 +79,15 @@ def packed(count: Tensor | None, found: Tensor | None) -> Candidates | None:
 
 
 @cache
-def kernels(op: str, dtype: torch.dtype) -> ModuleType | None:
-    """The Triton kernels of an op (the module `<op>/triton.py`), or None and one warning where they cannot serve."""
+def kernels(op: str, dtype: torch.dtype, width: int = 1) -> ModuleType | None:
+    """The Triton kernels of an op (the module `<op>/triton.py`), or None and one warning where they cannot serve.
+
+    width: D where a token stays in a program's registers, which hold up to WIDEST numbers.
+    """
     if dtype == torch.float64:
         return _warn_of_reference("for float64")
+    if width > WIDEST:
+        return _warn_of_reference(f"for tokens of over {WIDEST} numbers")
     if find_spec("triton") is None:
         return _warn_of_reference("without triton")
     return import_module(f"..{op}.triton", __package__)
@@ -102,7 +107,7 @@ def _suppress_cpu_(x: Tensor, rows: Tensor, *rest: Any) -> None:
 
 def _suppress_gpu_(x: Tensor, rows: Tensor, *rest: Any) -> None:
     *tensors, hits, count, found = rest
-    path: Any = kernels("suppress", x.dtype) or reference
+    path: Any = kernels("suppress", x.dtype, x.shape[-1]) or reference
     path.suppress_(x, rows, SiteTensors(*tensors), hits, packed(count, found))
 
 
@@ -120,8 +125,10 @@ def _suppress_backward_gpu(grad: Tensor, x: Tensor, rows: Tensor, *tensors: Tens
     site = SiteTensors(*tensors)
     if site.sets.shape[1] > LONGEST_CHUNK:
         path: Any = _warn_of_reference(f"for gradients through sets of over {LONGEST_CHUNK} signatures")
+    elif x.dtype == torch.float32 and x.shape[-1] > WIDEST // 2:  # on sm_90 it would spill
+        path = _warn_of_reference(f"for gradients in fp32 of over {WIDEST // 2} numbers")
     else:
-        path = kernels("suppress", x.dtype)
+        path = kernels("suppress", x.dtype, x.shape[-1])
     return (path or reference).suppress_backward(grad, x, rows, site)
 
 

@@ -17,8 +17,9 @@ from .reference import EPSILON, normalise
 # How many detectors, and how wide ones, are multiplied in 8 bits. (For a width of 1 torch's product is wrong there: it
 # takes the detectors for their transpose.)
 SKETCH_FROM, NARROW = 128, 32
-# Elements of a block of products, which stays in the cache's neighbourhood.
-SCREEN_BLOCK, SKETCH_BLOCK = 1 << 18, 1 << 20
+# Elements of a block of products, which stays in the cache's neighbourhood; in 8 bits, tokens of a block: the product
+# packs its detectors at every call, so that each call should serve many tokens.
+BLOCK, SKETCH_TOKENS = 1 << 18, 512
 # Below this norm no square overflows; above it, or with NaN, a token is normalised the careful way.
 SAFE_NORM = 2.0**50
 _LOG_1023 = torch.tensor(LOG_1023, dtype=torch.float32)
@@ -33,7 +34,10 @@ class Pairs(NamedTuple):
 
 
 def may_fire(tokens: Tensor, rows: Tensor, token_rows: Tensor, site: SiteTensors) -> Pairs:
-    """tokens [N, D], rows: the capsule sets in use, token_rows [N] -> all pairs that fire, and few that do not."""
+    """tokens [N, D], rows: the capsule sets in use, token_rows [N] -> all pairs that fire, and few that do not.
+
+    Tokens ascend.
+    """
     named = set(rows.tolist())
     kept = [row for row in named if row >= 0 and int(site.sets[row, 0]) >= 0]  # a set's slots come first
     if not kept:
@@ -65,10 +69,10 @@ def _above(tokens: Tensor, site: SiteTensors, columns: Tensor | slice) -> Pairs:
     floor = _floor(site, columns)
     screen: _Product | _Sketch
     if _many(len(tokens), len(floor)) and site.detector.shape[1] >= NARROW and exact_in_8_bits():
-        screen, step = _Sketch(site, columns, floor), max(1, SKETCH_BLOCK // len(floor) // 32) * 32
+        screen, step = _Sketch(site, columns, floor), SKETCH_TOKENS
     else:
         screen = _Product(site, columns, floor)
-        step = max(1, SCREEN_BLOCK // max(len(floor), site.detector.shape[1]))
+        step = max(1, BLOCK // max(len(floor), site.detector.shape[1]))
     found = []
     for start in range(0, len(tokens), step):
         above = screen.above(tokens[start : start + step].float())
@@ -153,14 +157,23 @@ class _Sketch:
         step = v.abs().amax(-1, keepdim=True).div_(127.0).clamp_min_(1e-30)
         p = (v / step).round_()
         error = torch.addcmul(v, p, step, value=-1.0).norm(dim=-1, keepdim=True)
-        weights = torch.cat([error, torch.ones_like(error)], 1).div_(step)
-        bound = torch._int_mm(p.to(torch.int8), self.sketch).float().addmm_(weights, self.terms)
+        weights, p = torch.cat([error, torch.ones_like(error)], 1).div_(step), p.to(torch.int8)
+        width = max(1, BLOCK // len(x))
+        found = [self._above(p, weights, start, start + width) for start in range(0, self.sketch.shape[1], width)]
+        kept = [above for above in found if above is not None]
+        if not kept:
+            return None
+        above = torch.cat(kept)
+        return above[above[:, 0].argsort()]
+
+    def _above(self, p: Tensor, weights: Tensor, start: int, stop: int) -> Tensor | None:
+        """The same for tokens p [N, D] in 8 bits and the detectors from `start` to `stop`."""
+        bound = torch._int_mm(p, self.sketch[:, start:stop]).float().addmm_(weights, self.terms[:, start:stop])
         tokens = (bound.amax(-1) > 0).nonzero().squeeze(-1)
         if tokens.numel() == 0:
             return None
         above = (bound[tokens] > 0).nonzero()
-        above[:, 0] = tokens[above[:, 0]]
-        return above
+        return torch.stack([tokens[above[:, 0]], above[:, 1] + start], 1)
 
 
 @cache

@@ -110,6 +110,7 @@ def suppress_(
             )
         elif tuned.in_tiles(tokens, site.sets.shape[1], x):
             config = tuned.tile_config("suppress", tokens, x)
+            constants.pop("maxnreg", None)  # it is for the warps of a row kernel
             suppress_tile_kernel[(triton.cdiv(tokens, config["BLOCK_N"]),)](
                 x, rows, tokens, positions, *strides, *marks,
                 site.margin, site.used, site.place, widening(x.shape[-1], config["PRECISION"]),

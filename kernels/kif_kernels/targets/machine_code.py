@@ -14,7 +14,7 @@ import triton
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # A source line that loads or stores whole rows names its columns, or a pointer `…at` that was made with them.
 _ROW = re.compile(r"tl\.(load|store)\((\w*at\b|[^,]*\bcolumn\b)")
-_NVIDIA = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL)((?:\.\w+)*)")
+_NVIDIA = re.compile(r"\b(LDGSTS|LDG|STG|LDL|STL)\b((?:\.\w+)*)")  # not LDGDEPBAR, which moves nothing
 _AMD = re.compile(r"\b(?:buffer|global|flat)_(load|store)_(\w+)")
 _AMD_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "b32": 32, "b64": 64, "b128": 128}
 _AMD_BITS |= {"ubyte": 8, "sbyte": 8, "byte": 8, "ushort": 16, "sshort": 16, "short": 16, "short_d16": 16}

@@ -67,3 +67,28 @@ def random_tokens() -> Any:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     return build
+
+
+@pytest.fixture
+def on_the_edge() -> Any:
+    """on_the_edge(x, detector), both [N, D]: a site where token n has set n, of one hard signature whose score there
+    is the least over 0. What it does to the token cannot leave it as it was."""
+
+    from kif_kernels import SiteTensors, scores
+
+    def build(x: Tensor, detector: Tensor) -> SiteTensors:
+        n, width = x.shape
+        site = SiteTensors.empty(width=width, signatures=n, rank=1, rows=n, set_length=1)
+        site.detector.copy_(detector)
+        site.bias.zero_()
+        site.bias.copy_(torch.nextafter(-scores(x, site).diagonal(), torch.tensor(float("inf"))))
+        site.basis[:, 0, 0], site.strength[:] = 1.0, 1.0
+        site.target[:, 0] = x[:, 0] + x[:, 0].abs() + 1
+        site.owner.copy_(torch.arange(n))
+        site.used.fill_(n)
+        site.write_screen(slice(0, n))
+        for row in range(n):
+            site.write_set(row, [row])
+        return site
+
+    return build

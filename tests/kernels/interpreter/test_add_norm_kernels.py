@@ -116,62 +116,59 @@ def test_candidates_change_nothing_and_overflow_is_exact(make_site, random_token
         assert (candidates.count > limit).any() == (limit == 1)
 
 
+@pytest.mark.parametrize("path", [add_norm_suppress_, suppress_normed_])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_gets_the_same_bits_in_any_company_and_configuration(
-    make_site, random_tokens, monkeypatch, dtype
+    make_site, random_tokens, monkeypatch, dtype, path
 ) -> None:
     from kif_kernels import tuned
 
     site, rows = make_site(48, 5, SETS, gate="mixed"), rows_for(5)
     hidden, residual, weight = (random_tokens(*s, seed=i, dtype=dtype) for i, s in enumerate([(5, 48)] * 2 + [(48,)]))
-    together = call(add_norm_suppress_, hidden, residual, rows, site, weight, EPSILON, False, None, None)
+    together = call(path, hidden, residual, rows, site, weight, EPSILON, False, None, None)
     monkeypatch.setattr(tuned, "row_config", lambda *_: {"BLOCK": 4, "num_warps": 1})
     for n in range(5):
         one = slice(n, n + 1)
-        alone = call(
-            add_norm_suppress_, hidden[one], residual[one], rows[one], site, weight, EPSILON, False, None, None
-        )
+        alone = call(path, hidden[one], residual[one], rows[one], site, weight, EPSILON, False, None, None)
         assert all(torch.equal(a[0], t[n]) for a, t in zip(alone, together, strict=True))
 
 
-def test_strides_are_honoured_and_surroundings_are_not_written(make_site, random_tokens) -> None:
-    """Hidden and residual of different strides, in buffers poisoned around them."""
+@pytest.mark.parametrize("path", [add_norm_suppress_, suppress_normed_])
+def test_strides_are_honoured_and_surroundings_are_not_written(make_site, random_tokens, path) -> None:
+    """The two tensors of different strides, in buffers poisoned around them."""
     site, weight, rows = make_site(48, 5, SETS), random_tokens(48, seed=3), torch.tensor([0, -1], dtype=torch.int32)
     buffers = [torch.full(shape, float("nan")) for shape in ((2, 3, 96), (4, 3, 64))]
     views = [buffers[0][:, :, 40:88], buffers[1][::2, :, :48]]
     values = [random_tokens(2, 3, 48, seed=s) for s in (1, 2)]
     for view, value in zip(views, values, strict=True):
         view.copy_(value)
-    expected = call(add_norm_suppress_, *values, rows, site, weight, EPSILON, False, None, None)
-    add_norm_suppress_(*views, rows, site, weight, EPSILON, False, None, None)
+    expected = call(path, *values, rows, site, weight, EPSILON, False, None, None)
+    path(*views, rows, site, weight, EPSILON, False, None, None)
     for view, value, buffer in zip(views, expected, buffers, strict=True):
         assert torch.equal(view, value)
         view.fill_(float("nan"))
         assert buffer.isnan().all()
 
 
+@pytest.mark.parametrize("path", [add_norm_suppress_, suppress_normed_])
 @pytest.mark.parametrize("shape", [(0, 48), (3, 0, 48)], ids=str)
-def test_no_tokens_is_no_work(make_site, shape) -> None:
+def test_no_tokens_is_no_work(make_site, path, shape) -> None:
     rows = torch.zeros(shape[0], dtype=torch.int32)
-    add_norm_suppress_(
-        *torch.empty(2, *shape), rows, make_site(48, 5, SETS), torch.ones(48), EPSILON, False, None, None
-    )
+    path(*torch.empty(2, *shape), rows, make_site(48, 5, SETS), torch.ones(48), EPSILON, False, None, None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_after_the_hosts_norm_only_fired_tokens_change(make_site, random_tokens, dtype) -> None:
+@pytest.mark.parametrize("one_plus", [False, True], ids=["Llama", "Gemma"])
+@pytest.mark.parametrize(("n", "width"), [*SIZES, *(pytest.param(*s, marks=pytest.mark.slow) for s in LARGE)])
+def test_after_the_hosts_norm_only_fired_tokens_change(make_site, random_tokens, dtype, one_plus, n, width) -> None:
     """What the host left is poisoned, so that a token that was written although nothing fired would show."""
-    site, rows, weight = (
-        make_site(48, 5, SETS, bias=-0.9),
-        torch.zeros(6, dtype=torch.int32),
-        random_tokens(48, dtype=dtype),
-    )
-    normed, residual = torch.full((6, 48), float("nan"), dtype=dtype), random_tokens(6, 48, seed=2, dtype=dtype)
-    hits = torch.zeros(6, 3, dtype=torch.bool)
-    ours, total = call(suppress_normed_, normed, residual, rows, site, weight, EPSILON, False, hits, None)
-    theirs, expected = call(reference.suppress_normed_, normed, residual, rows, site, weight, EPSILON)
+    site, rows, weight = make_site(width, 5, SETS), rows_for(n), random_tokens(width, dtype=dtype)
+    normed, residual = torch.full((n, width), float("nan"), dtype=dtype), random_tokens(n, width, seed=2, dtype=dtype)
+    hits = torch.zeros(n, 3, dtype=torch.bool)
+    ours, total = call(suppress_normed_, normed, residual, rows, site, weight, EPSILON, one_plus, hits, None)
+    theirs, expected = call(reference.suppress_normed_, normed, residual, rows, site, weight, EPSILON, one_plus)
     fired = hits.any(1)
-    assert 0 < fired.sum() < 6
+    assert n < 6 or 0 < fired.sum() < n
     assert torch.equal(total, expected)
     assert torch.equal(total[~fired], residual[~fired])
     assert ours[~fired].isnan().all()

@@ -87,6 +87,40 @@ def test_float64_is_left_to_the_reference_with_a_warning(make_site, random_token
     assert not launched
 
 
+def test_tokens_that_no_program_can_hold_are_left_to_the_reference_with_a_warning(
+    make_site, random_tokens, launched, unwarned
+) -> None:
+    site, rows = make_site(8193, 1, [[0]], rank=1, bias=9.0), torch.zeros(2, dtype=torch.int32)
+    x, residual, weight = random_tokens(2, 8193), random_tokens(2, 8193, seed=2), torch.ones(8193)
+    for call in (
+        lambda: suppress._suppress_gpu_(x.clone(), rows, *site.tensors, None, None, None),
+        lambda: suppress._suppress_backward_gpu(residual.bfloat16(), x.bfloat16(), rows, *site.tensors),
+        lambda: add_norm_suppress._on_gpu(
+            "add_norm_suppress_", x.clone(), residual, rows, *site.tensors, weight, 1e-5, False, None, None, None
+        ),
+    ):
+        suppress._warn_of_reference.cache_clear()
+        suppress.kernels.cache_clear()
+        with pytest.warns(UserWarning, match="no kernel for tokens of over 8192 numbers"):
+            call()
+    expected = x.clone()
+    reference.suppress_(expected, rows, site)
+    suppress._suppress_gpu_(x, rows, *site.tensors, None, None, None)
+    assert torch.equal(x, expected)
+    assert not launched
+
+
+def test_wide_gradients_in_fp32_are_left_to_the_reference_with_a_warning(
+    make_site, random_tokens, launched, unwarned
+) -> None:
+    site, rows = make_site(4097, 1, [[0]], rank=1, gate="soft", bias=9.0), torch.zeros(1, dtype=torch.int32)
+    x, grad = random_tokens(1, 4097), random_tokens(1, 4097, seed=2)
+    with pytest.warns(UserWarning, match="no kernel for gradients in fp32 of over 4096 numbers"):
+        ours = suppress._suppress_backward_gpu(grad, x, rows, *site.tensors)
+    assert torch.equal(ours, reference.suppress_backward(grad, x, rows, site))
+    assert not launched
+
+
 def test_gradients_through_long_sets_are_left_to_the_reference_with_a_warning(
     make_site, random_tokens, launched, unwarned
 ) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kif_kernels import Candidates, SiteTensors, scores, tuned
+from kif_kernels import Candidates, SiteTensors, tuned
 from kif_kernels.detect import reference
 from kif_kernels.detect.triton import detect
 
@@ -27,20 +27,6 @@ def exact(x: Tensor, rows: Tensor, site: SiteTensors, residual: Tensor | None = 
     candidates = poisoned(x.shape[:-1].numel(), 64)
     reference.detect(x, rows, site, candidates, residual)
     return lists(candidates)
-
-
-def on_the_edge(x: Tensor, detector: Tensor) -> SiteTensors:
-    """A site where token n of x [N, D] has set n, of one hard signature whose score there is the least over 0."""
-    n, width = x.shape
-    site = SiteTensors.empty(width=width, signatures=n, rank=1, rows=n, set_length=1)
-    site.detector.copy_(detector)
-    site.bias.zero_()
-    site.bias.copy_(torch.nextafter(-scores(x, site).diagonal(), torch.tensor(float("inf"))))
-    site.used.fill_(n)
-    site.write_screen(slice(0, n))
-    for row in range(n):
-        site.write_set(row, [row])
-    return site
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +61,7 @@ def test_the_residual_is_added_in_fp32(make_site, random_tokens, dtype) -> None:
 @pytest.mark.parametrize("width", [31, 576, 2048])
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e12])
 @pytest.mark.parametrize("aligned", [False, True])
-def test_nothing_is_missed_however_near_the_edge(random_tokens, width, size, aligned) -> None:
+def test_nothing_is_missed_however_near_the_edge(random_tokens, on_the_edge, width, size, aligned) -> None:
     """Scores by one step over the gate, of operands that are cut to TF32; aligned, each cut lowers the product."""
     x = random_tokens(40, width)
     site = on_the_edge(x * size, x if aligned else random_tokens(40, width, seed=2))
@@ -85,7 +71,7 @@ def test_nothing_is_missed_however_near_the_edge(random_tokens, width, size, ali
     assert candidates.found.tolist() == [[0]] * 40
 
 
-def test_the_margin_and_its_widening_are_needed(random_tokens, monkeypatch) -> None:
+def test_the_margin_and_its_widening_are_needed(random_tokens, on_the_edge, monkeypatch) -> None:
     """The test above can fail: without them the same edges are missed."""
     from kif_kernels.detect import triton
 
@@ -97,6 +83,20 @@ def test_the_margin_and_its_widening_are_needed(random_tokens, monkeypatch) -> N
     site.margin.zero_()
     detect(x, rows, site, candidates)
     assert candidates.count.sum() < 30
+
+
+@pytest.mark.parametrize("edge", [0, 15, 16, 31, 32])
+def test_hits_at_the_edges_of_tiles(make_site, monkeypatch, edge) -> None:
+    """33 tokens and 33 signatures in tiles of 16, on each edge one pair that fires."""
+    config = {"BLOCK_N": 16, "BLOCK_S": 16, "BLOCK_D": 16, "PRECISION": "tf32", "num_warps": 1}
+    monkeypatch.setattr(tuned, "tile_config", lambda *_: config)
+    site, candidates = make_site(20, 33, [list(range(33))], bias=-9.0, free=0), poisoned(33, 2)
+    site.bias[edge] = -0.5
+    site.write_screen(slice(0, 33))
+    x = -site.detector[edge].repeat(33, 1)
+    x[edge] *= -1
+    detect(x, torch.zeros(33, dtype=torch.int32), site, candidates)
+    assert lists(candidates) == [[edge] if n == edge else [] for n in range(33)]
 
 
 def test_a_list_that_is_too_short_overflows(make_site, random_tokens) -> None:

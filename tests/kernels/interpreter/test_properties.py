@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kif_kernels import Candidates, SiteTensors, scores
+from kif_kernels import Candidates, SiteTensors
 from kif_kernels.detect.triton import detect
 from kif_kernels.suppress.triton import suppress_
 
@@ -105,19 +105,13 @@ def test_strength_is_the_share_removed(width, seed, strength) -> None:
     aligned=st.booleans(),
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_screen_misses_nothing_that_fires_by_one_step(width, seed, size, weight, spread, aligned) -> None:
+def test_the_screen_misses_nothing_that_fires_by_one_step(
+    on_the_edge, width, seed, size, weight, spread, aligned
+) -> None:
     g = torch.Generator().manual_seed(seed)
     x, other, a, b = torch.randn(4, 20, width, generator=g)
     x = x * torch.exp(spread * a) * size
     detector = x / size * weight if aligned else other * torch.exp(spread * b) * weight
-    site = SiteTensors.empty(width=width, signatures=20, rank=1, rows=20, set_length=1)
-    site.detector.copy_(detector)
-    site.bias.zero_()
-    site.bias.copy_(torch.nextafter(-scores(x, site).diagonal(), torch.tensor(float("inf"))))
-    site.used.fill_(20)
-    site.write_screen(slice(0, 20))
-    for row in range(20):
-        site.write_set(row, [row])
     candidates = Candidates.empty(20, limit=1)
-    detect(x, torch.arange(20, dtype=torch.int32), site, candidates)
+    detect(x, torch.arange(20, dtype=torch.int32), on_the_edge(x, detector), candidates)
     assert candidates.count.tolist() == [1] * 20

@@ -217,6 +217,21 @@ def test_hits_at_the_edges_of_tiles(make_site, edge, monkeypatch) -> None:
     assert hits.nonzero().tolist() == [[edge, edge // 2]]
 
 
+@pytest.mark.parametrize(("width", "aligned"), [(31, True), (576, True), (576, False)])
+def test_no_token_is_left_out_however_near_the_gate(random_tokens, on_the_edge, in_tiles, width, aligned) -> None:
+    """Scores by one step over the gate; in tiles, of operands that are cut to TF32. One step lower none fires."""
+    before = random_tokens(20, width)
+    site = on_the_edge(before, before if aligned else random_tokens(20, width, seed=2))
+    x = before.clone()
+    suppress_(x, torch.arange(20, dtype=torch.int32), site)
+    assert (x != before).any(1).all()
+    site.bias.copy_(torch.nextafter(site.bias, torch.tensor(float("-inf"))))
+    site.write_screen(slice(0, 20))
+    x = before.clone()
+    suppress_(x, torch.arange(20, dtype=torch.int32), site)
+    assert torch.equal(x, before)
+
+
 def test_hits_are_added_never_taken_back(make_site, random_tokens, in_tiles) -> None:
     site, hits = make_site(48, 5, SETS, bias=-50.0), torch.eye(3, dtype=torch.bool)
     suppress_(random_tokens(3, 48), torch.zeros(3, dtype=torch.int32), site, hits)
