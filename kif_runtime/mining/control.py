@@ -94,6 +94,12 @@ def early_site(site: int) -> int:
     return site // 2
 
 
+def usual_sites(blocks: int) -> tuple[int, ...]:
+    """Where the signatures of a capsule lie that was mined with the default site."""
+    site = default_site(blocks)
+    return tuple(sorted({OPENING_SITE, early_site(site), site}))
+
+
 def prepare(
     model: nn.Module, tokenizer: Any, *, site: int | None = None, steps: int = 60, progress: Progress | None = None
 ) -> Control:

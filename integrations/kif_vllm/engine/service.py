@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from kif_runtime.capsule import Capsule
 from kif_runtime.errors import BankError, CapsuleError, KifError, RequestError
+from kif_runtime.mining.control import usual_sites
 
 from ..config import KifConfig
 from ..sets import KEY, OP_VERSION, CapsuleSet, digest_of, id_of, version
@@ -174,9 +175,9 @@ class Service:
     def _room(self, capsules: list[Capsule]) -> Room:
         config, vllm, served = self.config, self.core.vllm_config, self.library.served
         at_sites = [s.site for c in capsules for s in c.signatures]
-        sites = config.sites or tuple(sorted(set(at_sites)))
-        if not sites:
+        if not at_sites and not config.sites:
             raise CapsuleError("the capsule directory is empty; name sites in the kif configuration")
+        sites = config.sites or tuple(sorted({*at_sites, *usual_sites(served.blocks)}))
         most = max((at_sites.count(site) for site in set(at_sites)), default=0)
         rank = max((s.rank for c in capsules for s in c.signatures), default=1)
         running = vllm.scheduler_config.max_num_seqs
