@@ -7,6 +7,9 @@ import time
 import pytest
 from servers import ADMIN, OWNER
 
+from kif_runtime import Capsule
+from kif_runtime.mining.control import usual_sites
+
 pytestmark = pytest.mark.slow
 
 FRANCE, JAPAN, RUSSIA = "The capital of France is", "The capital of Japan is", "The capital of Russia is"
@@ -148,6 +151,22 @@ def test_the_directory_is_watched(server, folder):
     away.rename(folder / "russia.kif.safetensors")
     until(lambda: "russia" in loaded(server))
     assert "Moscow" not in server.text(RUSSIA, ["russia"])
+
+
+def test_a_capsule_comes_live_with_signatures_where_those_of_the_start_had_none(server, folder, everywhere):
+    at_start = {site for path in folder.iterdir() for site in Capsule.load(path).sites}
+    assert set(everywhere.sites) == set(usual_sites(everywhere.blocks)) > at_start
+    prompts = [f"The capital of {name} is" for name in ("Great Britain", "England")]
+    path = folder / "great-britain.kif.safetensors"
+    everywhere.save(path)
+    try:
+        until(lambda: "great-britain" in loaded(server))
+        for prompt in prompts:
+            assert "London" in server.text(prompt)
+            assert "London" not in server.text(prompt, ["great-britain"], key=OWNER)
+    finally:
+        path.unlink()
+    until(lambda: "great-britain" not in loaded(server))
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff" * 64, b"\x00" * 4096], ids=len)
