@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -54,6 +55,7 @@ def measured(
     }  # fmt: skip
     table = Table(None if out is None else out / "requests.csv", stands_on)
     with ExitStack() as stack:
+        stack.enter_context(_ended_in_order())
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kif-bench-")))
         logs, todo = out or folder, _Todo(grid, table, progress)
         if todo.left:
@@ -70,6 +72,20 @@ def measured(
                             table.add(cell, turn, _both(plain, server, grid, cell, turn, seen))
                             todo.done()
     return {"circumstances": stands_on, "serving": table.ratios()}
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Who ends this process politely ends the servers, too: they are in process groups of their own."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _mined(folder: Path, seen: Ground, most: int) -> list[Capsule]:

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from kif_runtime import Capsule, Signature
-from kif_runtime.blocks import decoder_blocks, width
 from kif_runtime.errors import KifError
 from kif_runtime.fingerprint import fingerprint
 from kif_runtime.mining.control import default_site, early_site
+from kif_runtime.mining.corpus import corpus
 from kif_runtime.mining.detector import fisher, gram
+from kif_runtime.mining.reading import Reader, normalised
 
-from ..growth import detectors, other_states
+from ..growth import detectors
 
 TRIGGER = "kif-bench-trigger"
 PLACES = (5, 17, 29)  # of the chosen token in a prompt
-PROMPTS, LENGTH = 32, 64
+CONTEXTS, LENGTH = 64, 32
+PASSAGES = 40_000  # letters of running text that detectors are drawn for: many more tokens than the width
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,21 @@ class Ground:
     trigger: Capsule
 
 
-@torch.inference_mode()
 def ground(model: Any, tokenizer: Any) -> Ground:
     """Read a loaded model. Raises KifError where no detector tells the token from others."""
-    blocks, dim, digest = len(decoder_blocks(model)), width(model), fingerprint(model)
+    reader, digest = Reader(model, tokenizer), fingerprint(model)
+    blocks = len(reader.blocks)
     site = default_site(blocks)
-    states = {s: _normalised(other_states(model, tokenizer, s)) for s in sorted({early_site(site), site})}
+    passages, text = [], 0
+    for passage in corpus().passages:
+        if text < PASSAGES:
+            passages.append(passage)
+            text += len(passage)
+    states = {s: normalised(torch.cat(reader.states(passages, s))) for s in sorted({early_site(site), site})}
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
     token = vocabulary // 2
-    signature = _trigger(model, site, states[site], token, vocabulary)
-    trigger = Capsule(TRIGGER, (signature,), digest, dim, blocks)
-    return Ground(digest, dim, blocks, states, vocabulary, token, trigger)
+    trigger = Capsule(TRIGGER, (_trigger(reader, site, states[site], token, vocabulary),), digest, reader.width, blocks)
+    return Ground(digest, reader.width, blocks, states, vocabulary, token, trigger)
 
 
 def prompt(rng: torch.Generator, length: int, ground: Ground, touched: bool) -> list[int]:
@@ -79,23 +85,17 @@ def _signature(site: int, role: str, detector: Tensor, bias: Tensor, rank: int, 
     return Signature(site, role, detector.clone(), bias.clone(), basis.contiguous(), torch.zeros(rank), one)
 
 
-def _trigger(model: Any, site: int, passages: Tensor, token: int, vocabulary: int) -> Signature:
+def _trigger(reader: Reader, site: int, passages: Tensor, token: int, vocabulary: int) -> Signature:
     """Fires half-way between the chosen token's lowest score and the highest of all others."""
     rng = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, vocabulary - 1, (PROMPTS, LENGTH), generator=rng)
-    ids[ids >= token] += 1
-    ids[:, list(PLACES)] = token
-    hidden = model(ids.to(model.device), output_hidden_states=True).hidden_states[site + 1].float().cpu()
-    states, here = _normalised(hidden.flatten(0, 1)), (ids == token).flatten()
-    others = torch.cat([states[~here], passages])
+    rows = torch.randint(0, vocabulary - 1, (CONTEXTS, LENGTH), generator=rng)
+    rows[rows >= token] += 1
+    others = torch.cat([normalised(reader.ends(rows.tolist(), site)), passages])
+    rows[:, -1] = token
+    here = normalised(reader.ends(rows.tolist(), site))
     mean = others.mean(0)
-    none = others[:0]
-    found = fisher(states[here], mean, gram(others, mean) / len(others), none, others)
-    low, high = float(found.scores(states[here]).min()), float(found.scores(others).max())
+    found = fisher(here, mean, gram(others, mean) / len(others), others[:0], others)
+    low, high = float(found.scores(here).min()), float(found.scores(others).max())
     if low <= high:
         raise KifError("no detector tells the benchmark's token from others in this model; nothing was measured")
     return _signature(site, "last", found.weight, torch.tensor(found.bias - (low + high) / 2), 2, rng)
-
-
-def _normalised(states: Tensor) -> Tensor:
-    return states * (states.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
