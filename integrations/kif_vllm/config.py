@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -64,6 +65,13 @@ class KifConfig:
         if "capsules" not in content:
             raise ConfigError('the kif configuration names no directory; write {"kif": {"capsules": "DIR"}}')
         return cls(**{name: _READ[name](name, value) for name, value in content.items() if value is not None})
+
+    def check_mandatory(self, ids: Set[str]) -> None:
+        """Raise ConfigError unless every id that is to be mandatory is among `ids`, those of the directory."""
+        if self.mandatory != "all" and (missing := sorted(set(self.mandatory) - ids)):
+            raise ConfigError(
+                f"{len(missing)} mandatory capsules are not in the directory, {missing[0]!r} first; put them there"
+            )
 
 
 def _path(name: str, value: Any) -> Path:

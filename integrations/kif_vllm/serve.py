@@ -88,8 +88,7 @@ def _check(folder: str, config: KifConfig) -> None:
     found = {capsule.id for capsule in Library(config.capsules, served).read_all()}
     if not found and config.sites is None:
         raise KifError("the directory holds no capsule, and the configuration names no sites; add one of them")
-    if config.mandatory != "all" and (missing := sorted(set(config.mandatory) - found)):
-        raise KifError(f"mandatory names {missing[0]!r}, which is not in the directory; put its capsule there")
+    config.check_mandatory(found)
 
 
 def _command() -> list[str]:

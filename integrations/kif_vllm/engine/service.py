@@ -39,7 +39,7 @@ class Service:
         )
         capsules = self.library.read_all()
         self.ledger = Ledger(config.mandatory)
-        self._check_mandatory({capsule.id for capsule in capsules})
+        config.check_mandatory({capsule.id for capsule in capsules})
         self.held: dict[str, Capsule] = {}
         self.room = self._room(capsules)
         found = self._rpc(install.install, self.room, {"op": OP_VERSION, "sites": list(self.room.sites)})
@@ -95,8 +95,9 @@ class Service:
         for capsule in load:
             try:
                 done.append(self._change(load=[capsule]) | {"act": "load"})
-            except KifError as problem:
-                problems.append(str(problem))
+            except KifError as problem:  # goes to the server's log, which names no capsule
+                whole = repr(version(capsule.id, capsule.digest))
+                problems.append(str(problem).replace(whole, f"of digest {capsule.digest[:12]}"))
         for id in gone:
             done.append(self._change(unload=[id]) | {"act": "unload"})
         self.retire()
@@ -200,12 +201,6 @@ class Service:
             raise CapsuleError(
                 f"the capsule has signatures at blocks {outside}, this server's sites are {list(self.room.sites)}; "
                 "restart it with these among its sites"
-            )
-
-    def _check_mandatory(self, ids: set[str]) -> None:
-        if self.config.mandatory != "all" and (missing := sorted(set(self.config.mandatory) - ids)):
-            raise CapsuleError(
-                f"{len(missing)} mandatory capsules are not in the directory, {missing[0]!r} first; put them there"
             )
 
 
