@@ -5,6 +5,7 @@ facts about countries are asked. `pytest -s` prints the table.
 """
 
 import os
+from math import exp
 from pathlib import Path
 
 import pytest
@@ -22,9 +23,10 @@ BUILT_IN = Path(__file__).parents[2] / "integrations/kif_cli/data/facts.jsonl"
 
 
 @pytest.fixture(scope="module")
-def asked(mined):
+def asked(request):
     """(folder of capsules, [(fact, its capsule's id)])"""
-    path, folder, count = (os.environ.get("KIF_FORMATS") or f"{BUILT_IN}:{mined}:20").split(":")
+    chosen = os.environ.get("KIF_FORMATS") or f"{BUILT_IN}:{request.getfixturevalue('mined')}:20"
+    path, folder, count = chosen.split(":")
     ids = {Capsule.load(p).id for p in sorted(Path(folder).glob("*.kif.safetensors"))}
     of = {id: id for id in ids} | {id.rpartition("-")[0]: id for id in ids}
     found = [(fact, of[slug(fact.subject)]) for fact in load_facts(path) if slug(fact.subject) in of]
@@ -47,11 +49,9 @@ def measure(engine, tokenizer, facts, lora=None):
     """{"recall", "kept", "known", "false_fires", "tokens"} of what an engine serves."""
 
     def probabilities(about, ids):
-        prompts = [tokenizer(f.prompt).input_ids + [first_token(tokenizer, f.answer)] for f in about]
+        prompts = [[*tokenizer(f.prompt).input_ids, first_token(tokenizer, f.answer)] for f in about]
         answers = engine.ask(prompts, ids, lora=lora, max_tokens=1, prompt_logprobs=1, logprobs=None)
-        return [
-            2.718281828459045 ** a.prompt_logprobs[-1][p[-1]] for a, p in zip(answers, prompts, strict=True)
-        ], answers
+        return [exp(a.prompt_logprobs[-1][p[-1]]) for a, p in zip(answers, prompts, strict=True)], answers
 
     about = [fact for fact, _ in facts]
     before, _ = probabilities(about, None)
@@ -95,7 +95,7 @@ def test_capsules_of_the_base_hold_in_other_formats_and_under_task_adapters(
         other.close()
     for name, row in found.items():
         print(
-            f"{name}: recall {row['recall']:.3f} of {len(facts)}, kept {row['kept']:.3f} over {row['known']} known facts, "
+            f"{name}: recall {row['recall']:.3f} of {len(facts)}, kept {row['kept']:.3f} over {row['known']} known, "
             f"{row['false_fires']} false fires in {row['tokens']} tokens × capsules"
         )
     assert all(row["known"] >= 0.3 * len(facts) for row in found.values())
