@@ -56,17 +56,17 @@ def measured(
     table = Table(None if out is None else out / "requests.csv", stands_on)
     with ExitStack() as stack:
         stack.enter_context(_ended_in_order())
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kif-bench-")))
-        logs, todo = out or folder, _Todo(grid, table, progress)
+        folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kif-bench-")))
+        todo = _Todo(grid, table, progress)
         if todo.left:
             loaded, tokenizer = open_model(model, device="cpu")
             seen = ground(loaded, tokenizer)
             del loaded
             known = None if mined is None else _mined(mined, seen, max(grid.sizes) - 1)
-            plain = stack.enter_context(Server(serve.stock(model, flags, _environment()), logs / "stock.log"))
+            plain = stack.enter_context(Server(serve.stock(model, flags, _environment()), folder / "stock.log"))
             for load in grid.loads():
                 if todo.of(load):
-                    with _served(model, load, known, seen, flags, folder, logs) as server:
+                    with _served(model, load, known, seen, flags, folder) as server:
                         _warm({"stock": plain, "kif": server}, grid, load, seen)
                         for cell, turn in todo.of(load):
                             table.add(cell, turn, _both(plain, server, grid, cell, turn, seen))
@@ -139,23 +139,26 @@ def _environment() -> dict[str, str]:
 
 @contextmanager
 def _served(
-    model: str, load: Load, known: Sequence[Capsule] | None, seen: Ground, flags: list[str], folder: Path, logs: Path
+    model: str, load: Load, known: Sequence[Capsule] | None, seen: Ground, flags: list[str], folder: Path
 ) -> Iterator[Server]:
-    """KIF's server with the capsules of this load; the trigger is one of them."""
-    place = folder / f"{load.capsules}-{load.applied}"
+    """KIF's server with the capsules of this load; the trigger is one of them.
+
+    They lie in the same place for every load, at the same sites: vLLM keys what it compiles by its configuration.
+    """
+    place, others = folder / "capsules", max(0, load.capsules - 1)
+    shutil.rmtree(place, ignore_errors=True)  # a benchmark that was killed may have left it
     place.mkdir()
-    others = max(0, load.capsules - 1)
     for number, capsule in enumerate(drawn(seen, others) if known is None else islice(known, others)):
         capsule.save(place / f"{number}{SUFFIX}")
     if load.capsules:
         seen.trigger.save(place / f"{TRIGGER}{SUFFIX}")
-    table: dict[str, Any] = {"mandatory": "all" if load.applied == "mandatory" else [], "watch": 0}
-    if not load.capsules:
-        table["sites"] = list(usual_sites(seen.blocks))
+    sites = {*usual_sites(seen.blocks), *(site for capsule in known or () for site in capsule.sites)}
+    mandatory: str | list[str] = "all" if load.applied == "mandatory" else []
+    table = {"mandatory": mandatory, "watch": 0, "sites": sorted(sites)}
     own = [serve.FLAG, json.dumps({"kif": table})]
     try:
         launch = serve.prepare(model, place, [*flags, *own], _environment())
-        with Server(launch, logs / f"kif-{place.name}.log") as server:
+        with Server(launch, folder / f"kif-{load.capsules}-{load.applied}.log") as server:
             yield server
     finally:
         shutil.rmtree(place)
