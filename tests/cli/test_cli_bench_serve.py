@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -14,10 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from kif_cli.benchmarks.serving import load, rounds, standins
-from kif_cli.benchmarks.serving.cells import Cell, Grid, Table
+from kif_cli.benchmarks.serving.cells import FIGURES, Cell, Grid, Table
+from kif_cli.benchmarks.serving.servers import Server
 from kif_hf import attach
 from kif_runtime import KifError
 from kif_runtime.mining.corpus import corpus
+from kif_vllm.serve import Launch
 from tests.mining import WIDTH
 
 GRID = Grid(
@@ -29,9 +33,7 @@ STANDS_ON = {"model": "m", "commit": "abc", "gpu": None}
 
 
 def figures(speed):
-    return dict.fromkeys(("tokens_per_second", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99"), speed) | {
-        "touched_seen": 25.0
-    }
+    return dict.fromkeys(FIGURES, speed) | {"touched_seen": 25.0}
 
 
 # -- the grid and the table
@@ -194,3 +196,18 @@ def test_quantiles_are_those_of_numpy():
     values = torch.rand(257, generator=torch.Generator().manual_seed(0)).tolist()
     for share in (0.5, 0.9, 0.99, 1.0):
         assert load.quantile(values, share) == numpy.quantile(values, share, method="inverted_cdf")
+
+
+def test_the_cpu_seconds_of_a_server_are_those_of_its_process_group(tmp_path):
+    """A stand-in for a server, whose child burns a known time and tells it."""
+    child = "import time\nwhile time.process_time() < 0.5: pass\nprint(time.process_time(), flush=True)\ntime.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    server = Server(Launch([sys.executable, "-c", parent, "--"], dict(os.environ)), tmp_path / "log")
+    try:
+        end = time.monotonic() + 60
+        while not (tmp_path / "log").read_text().endswith("\n") and time.monotonic() < end:
+            time.sleep(0.05)
+        burnt = float((tmp_path / "log").read_text())
+        assert burnt <= server.cpu_seconds() + 0.02 < burnt + 2.0  # the parent's start comes on top
+    finally:
+        server.__exit__()

@@ -14,7 +14,7 @@ from kif_runtime.errors import KifError
 from kif_runtime.files import atomic_write, shown
 
 Applied = Literal["mandatory", "resident"]
-FIGURES = ("tokens_per_second", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99")
+FIGURES = ("tokens_per_second", "ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "cpu_seconds")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,9 @@ class Table:
             line: dict[str, Any] = dict(zip(_KEYS, map(_value, cell), strict=True)) | {"rounds": len(pairs)}
             line["touched_seen"] = sum(float(k["touched_seen"]) for _, k in pairs) / len(pairs)
             for name in FIGURES:
-                ratios = [float(k[name]) / float(s[name]) for s, k in pairs]
+                ratios = [float(k[name]) / float(s[name]) for s, k in pairs if float(s[name])]
+                if not ratios:  # no such figure on this system
+                    continue
                 line[name] = {
                     "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
                     "stock": statistics.median(float(s[name]) for s, _ in pairs),

@@ -184,7 +184,9 @@ def _both(plain: Server, server: Server, grid: Grid, cell: Cell, turn: int, seen
 
 
 def _ask(server: Server, requests: list[dict[str, Any]], cell: Cell) -> dict[str, float]:
-    return traffic.measured(HOST, server.port, requests, cell.concurrency, cell.output)
+    before = server.cpu_seconds()
+    found = traffic.measured(HOST, server.port, requests, cell.concurrency, cell.output)
+    return found | {"cpu_seconds": server.cpu_seconds() - before}
 
 
 def _requests(grid: Grid, cell: Cell, turn: int, seen: Ground) -> list[dict[str, Any]]:
