@@ -102,6 +102,7 @@ class _Todo:
     def __init__(self, grid: Grid, table: Table, progress: Progress) -> None:
         self.grid, self.table, self.progress = grid, table, progress
         self.left = self.total = sum(len(self.of(load)) for load in grid.loads())
+        self.told()
 
     def of(self, load: Load) -> list[tuple[Cell, int]]:
         every = [(cell, turn) for turn in range(self.grid.rounds) for cell in self.grid.cells(load)]
@@ -109,6 +110,9 @@ class _Todo:
 
     def done(self) -> None:
         self.left -= 1
+        self.told()
+
+    def told(self) -> None:
         self.progress(self.total - self.left, self.total, "measuring")
 
 
@@ -145,7 +149,7 @@ def _served(
 
     They lie in the same place for every load, at the same sites: vLLM keys what it compiles by its configuration.
     """
-    place, others = folder / "capsules", max(0, load.capsules - 1)
+    place, others = folder / "kif-bench-capsules", max(0, load.capsules - 1)
     shutil.rmtree(place, ignore_errors=True)  # a benchmark that was killed may have left it
     place.mkdir()
     for number, capsule in enumerate(drawn(seen, others) if known is None else islice(known, others)):
