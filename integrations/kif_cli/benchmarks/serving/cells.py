@@ -100,12 +100,16 @@ class Table:
             _append(self.path, self.rows[-len(measured) :], header=len(self.rows) == len(measured))
 
     def ratios(self) -> list[dict[str, Any]]:
-        """One row for each cell: the median, lowest and highest ratio to stock over its rounds, of each figure."""
+        """One row for each cell: the median, lowest and highest ratio to stock over its rounds, of each figure.
+
+        touched_seen: percent of requests on which a capsule fired. gate_share: of the forward's time, spent at sites.
+        """
         found = []
         for cell in dict.fromkeys(tuple(row[k] for k in _KEYS) for row in self.rows):
             pairs = list(_pairs(row for row in self.rows if tuple(row[k] for k in _KEYS) == cell))
             line: dict[str, Any] = dict(zip(_KEYS, map(_value, cell), strict=True)) | {"rounds": len(pairs)}
-            line["touched_seen"] = sum(float(k["touched_seen"]) for _, k in pairs) / len(pairs)
+            for name in ("touched_seen", "gate_share"):
+                line[name] = sum(float(k[name]) for _, k in pairs) / len(pairs)
             for name in FIGURES:
                 ratios = [float(k[name]) / float(s[name]) for s, k in pairs if float(s[name])]
                 if not ratios:  # no such figure on this system

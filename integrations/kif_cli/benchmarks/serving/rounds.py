@@ -182,8 +182,9 @@ def _both(plain: Server, server: Server, grid: Grid, cell: Cell, turn: int, seen
     for name, one in order if turn % 2 == 0 else reversed(order):
         before = one.counters()
         found[name] = _ask(one, requests, cell)
-        touched = one.counters()["requests_touched"] - before["requests_touched"]
-        found[name] |= {"touched_seen": 100 * touched / len(requests), "sent": len(requests)}
+        more = {counter: total - before[counter] for counter, total in one.counters().items()}
+        share = more["gate_seconds"] / more["forward_seconds"] if more["forward_seconds"] else 0.0
+        found[name] |= {"touched_seen": 100 * more["requests_touched"] / len(requests), "gate_share": share}
     return {name: found[name] for name, _ in order}
 
 

@@ -17,7 +17,7 @@ from kif_vllm.serve import Launch
 START_SECONDS = 1800.0
 STOP_SECONDS = 30.0
 HOST = "127.0.0.1"
-COUNTERS = ("requests_touched", "tokens_suppressed")
+COUNTERS = ("requests_touched", "gate_seconds", "forward_seconds")
 
 
 class Server:
