@@ -208,7 +208,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
     columns = [n for n, value in rows[0].items() if not isinstance(value, dict) or "ratio" in value]
-    cells = [columns, *([_cell(row[name]) for name in columns] for row in rows)]
+    cells = [columns, *([_cell(row.get(name)) for name in columns] for row in rows)]
     sizes = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     out().print(f"\n{title}")
     for line in cells:
