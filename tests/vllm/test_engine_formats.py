@@ -5,7 +5,7 @@ facts about countries are asked. `pytest -s` prints the table.
 """
 
 import os
-from math import exp
+from math import exp, inf
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from kif_runtime.mining.corpus import corpus, mentions
 pytestmark = pytest.mark.slow
 
 PRIORS, PASSAGES, LEAST_EXCESS = 2, 24, 0.15
+LIKELIEST = 1000  # tokens whose probabilities are asked for; of the others nothing is known but that they are unlikely
 BUILT_IN = Path(__file__).parents[2] / "integrations/kif_cli/data/facts.jsonl"
 
 
@@ -49,9 +50,9 @@ def measure(engine, tokenizer, facts, lora=None):
     """{"recall", "kept", "known", "false_fires", "tokens"} of what an engine serves."""
 
     def probabilities(about, ids):
-        prompts = [[*tokenizer(f.prompt).input_ids, first_token(tokenizer, f.answer)] for f in about]
-        answers = engine.ask(prompts, ids, lora=lora, max_tokens=1, prompt_logprobs=1, logprobs=None)
-        return [exp(a.prompt_logprobs[-1][p[-1]]) for a, p in zip(answers, prompts, strict=True)], answers
+        answers = engine.ask([f.prompt for f in about], ids, lora=lora, max_tokens=1, logprobs=LIKELIEST)
+        tokens = [first_token(tokenizer, f.answer) for f in about]
+        return [exp(a.logprobs[0].get(t, -inf)) for a, t in zip(answers, tokens, strict=True)], answers
 
     about = [fact for fact, _ in facts]
     before, _ = probabilities(about, None)
@@ -83,14 +84,14 @@ def test_capsules_of_the_base_hold_in_other_formats_and_under_task_adapters(
     tokenizer = embedded[1]
     table = {"capsules": folder, "mandatory": [], "base": str(embedded_checkpoint), "max_named": 1000}
     found = {}
-    plain = Engine(embedded_checkpoint, table, enable_lora=True, max_lora_rank=8, max_loras=2)
+    plain = Engine(embedded_checkpoint, table, enable_lora=True, max_lora_rank=8, max_loras=2, max_logprobs=LIKELIEST)
     found["fp32"] = measure(plain, tokenizer, facts)
     for number, (task, path) in enumerate(adapters.items(), 1):
         found[f"fp32, LoRA {task}"] = measure(plain, tokenizer, facts, LoRARequest(task, number, str(path)))
     plain.close()
     int8 = quantised(embedded_checkpoint, tmp_path / "int8")
     for name, checkpoint in (("bf16", embedded_checkpoint), ("int8 weights and activations", int8)):
-        other = Engine(checkpoint, table, dtype="bfloat16")
+        other = Engine(checkpoint, table, dtype="bfloat16", max_logprobs=LIKELIEST)
         found[name] = measure(other, tokenizer, facts)
         other.close()
     for name, row in found.items():
