@@ -56,6 +56,29 @@ def fingerprint(model: nn.Module) -> str:
     return _digest(config, loaded.items())
 
 
+def adapter_fingerprint(model: nn.Module) -> str:
+    """What tells the active adapter of a PEFT model from others: 64 hex digits, over its weights and their scale.
+
+    Raises ModelError where no adapter is active.
+    """
+    active: list[str] = list(getattr(model, "active_adapters", ())) if hasattr(model, "peft_config") else []
+    if not active:
+        raise ModelError("the model has no active adapter; load it with one")
+    from peft import get_peft_model_state_dict
+
+    configs: Any = model.peft_config
+    state = hashlib.sha256()
+    for name in active:
+        config = configs[name]
+        shape = {field: getattr(config, field, None) for field in ("peft_type", "r", "lora_alpha", "use_rslora")}
+        state.update(json.dumps(shape, sort_keys=True, default=str).encode())
+        for label, tensor in sorted(get_peft_model_state_dict(model, adapter_name=name).items()):
+            values = tensor.detach().to("cpu", torch.float32).contiguous()
+            state.update(f"{label}{list(values.shape)}".encode())
+            state.update(values.view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
 def checkpoint_fingerprint(folder: str | Path) -> str:
     """The same fingerprint from a checkpoint folder (config.json and safetensors), without loading the model."""
     from transformers import AutoConfig

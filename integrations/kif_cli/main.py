@@ -92,7 +92,7 @@ app.command("trace")(trace.trace)
 app.command("eval")(evaluate.evaluate)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
 app.command("verify")(serve.verify)
-app.command("bench")(bench.bench)
+app.command("bench", context_settings={"allow_extra_args": True})(bench.bench)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,13 +22,13 @@ class KifConfig:
     """capsules: the directory that capsules are read from, at start and later. All else has a default.
 
     mandatory: "all", or the ids that apply to every request. sites: blocks at which capsules may have signatures; by
-    default where the directory's have theirs at start. max_capsules, max_signatures (per site), max_rank: room, fixed
-    at start; by default twice what the directory holds, and at least 256, 256 and 4. max_named: ids that one request
-    may name. allow: a JSON file, {"sha256 of an API key, hex": [ids]}, "*" for other callers; without it everybody may
-    name every capsule. base: folder or hub id of the checkpoint that capsules were mined on, where the served one is a
-    quantised copy of it. watch: seconds between looks at the directory, 0 for none. audit: a file that admin acts are
-    appended to. prompt_embeds, multimodal: let such input in, where names cannot be recognised. capsule_metrics: a
-    metric series per capsule, labelled by its digest.
+    default where mining puts them, and where the directory's have theirs at start. max_capsules, max_signatures (per
+    site), max_rank: room, fixed at start; by default twice what the directory holds, and at least 256, 256 and 4.
+    max_named: ids that one request may name. allow: a JSON file, {"sha256 of an API key, hex": [ids]}, "*" for other
+    callers; without it everybody may name every capsule. base: folder or hub id of the checkpoint that capsules were
+    mined on, where the served one is a quantised copy of it. watch: seconds between looks at the directory, 0 for
+    none. audit: a file that admin acts are appended to. prompt_embeds, multimodal: let such input in, where names
+    cannot be recognised. capsule_metrics: a metric series per capsule, labelled by its digest.
     """
 
     capsules: Path
@@ -64,6 +65,13 @@ class KifConfig:
         if "capsules" not in content:
             raise ConfigError('the kif configuration names no directory; write {"kif": {"capsules": "DIR"}}')
         return cls(**{name: _READ[name](name, value) for name, value in content.items() if value is not None})
+
+    def check_mandatory(self, ids: Set[str]) -> None:
+        """Raise ConfigError unless every id that is to be mandatory is among `ids`, those of the directory."""
+        if self.mandatory != "all" and (missing := sorted(set(self.mandatory) - ids)):
+            raise ConfigError(
+                f"{len(missing)} mandatory capsules are not in the directory, {missing[0]!r} first; put them there"
+            )
 
 
 def _path(name: str, value: Any) -> Path:

@@ -70,6 +70,11 @@ WRAPPED = (
         "as for chat",
     ),
     Symbol(
+        "vllm.entrypoints.openai.responses.protocol:ResponsesRequest.to_sampling_params",
+        "self default_max_tokens default_sampling_params",
+        "as for chat",
+    ),
+    Symbol(
         "vllm.entrypoints.openai.chat_completion.protocol:ChatCompletionRequest.to_beam_search_params",
         "self max_tokens default_sampling_params", "beam search drops vllm_xargs, so a named capsule would not apply",
     ),

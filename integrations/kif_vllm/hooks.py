@@ -21,6 +21,7 @@ def install() -> None:
         (_FRONT + "llm_engine:LLMEngine.add_request", admission.add_request),
         (_OPENAI + "chat_completion.protocol:ChatCompletionRequest.to_sampling_params", admission.refuse_early),
         (_OPENAI + "completion.protocol:CompletionRequest.to_sampling_params", admission.refuse_early),
+        (_OPENAI + "responses.protocol:ResponsesRequest.to_sampling_params", admission.refuse_early),
         (_OPENAI + "chat_completion.protocol:ChatCompletionRequest.to_beam_search_params", admission.refuse_beams),
         (_OPENAI + "completion.protocol:CompletionRequest.to_beam_search_params", admission.refuse_beams),
     ):

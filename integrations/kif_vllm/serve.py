@@ -45,6 +45,13 @@ def prepare(model: str, capsules: Path, flags: list[str], environment: dict[str,
     return Launch(command, environment | {"VLLM_PLUGINS": _plugins(environment.get("VLLM_PLUGINS"))})
 
 
+def stock(model: str, flags: list[str], environment: dict[str, str]) -> Launch:
+    """The same server without KIF, to compare with: all that loads by itself loads, but for KIF's own plugins."""
+    folder = str(embedded_folder()) if model == EMBEDDED else model
+    names = [name for name in _plugins(environment.get("VLLM_PLUGINS")).split(",") if name != PLUGIN]
+    return Launch([*_command(), folder, *flags], environment | {"VLLM_PLUGINS": ",".join(names)})
+
+
 def _split(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The value of --additional-config, in either of its two forms, and the flags without it."""
     others, text = [], "{}"
@@ -81,8 +88,7 @@ def _check(folder: str, config: KifConfig) -> None:
     found = {capsule.id for capsule in Library(config.capsules, served).read_all()}
     if not found and config.sites is None:
         raise KifError("the directory holds no capsule, and the configuration names no sites; add one of them")
-    if config.mandatory != "all" and (missing := sorted(set(config.mandatory) - found)):
-        raise KifError(f"mandatory names {missing[0]!r}, which is not in the directory; put its capsule there")
+    config.check_mandatory(found)
 
 
 def _command() -> list[str]:

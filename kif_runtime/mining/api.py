@@ -11,6 +11,7 @@ from .. import __version__
 from ..capsule import Capsule, Signature, opaque_id, slug
 from ..errors import MiningError
 from ..files import shown
+from ..fingerprint import adapter_fingerprint
 from .control import RECIPE, Control, Progress, prepare
 from .corpus import corpus
 from .fisher import mine_fisher, names_in_common
@@ -31,7 +32,8 @@ def mine(
     model: nn.Module, tokenizer: Any, name: str, *, aliases: Sequence[str] = (), kind: str | None = None,
     prompts: Sequence[str] | None = None, controls: Sequence[str] | None = None, method: str = "fisher",
     false_positive_rate: float = 1e-5, private: bool = False, keep_name: bool = False, id: str | None = None,
-    site: int | None = None, steps: int = STEPS, date: str | None = None, progress: Progress | None = None,
+    site: int | None = None, steps: int = STEPS, date: str | None = None, adapted: bool = False,
+    progress: Progress | None = None,
 ) -> Capsule:  # fmt: skip
     """Mine the signature of `name` in `model` and return it as a capsule.
 
@@ -39,7 +41,9 @@ def mine(
     templates of your own with one `{}`, at least 8. controls: names that must not fire, at least 8. method: `fisher`
     (KIF's) or `kif-paper` (arXiv 2601.10566). false_positive_rate: asked per token and signature. private: a random id
     instead of a slug. keep_name: store the name and aliases in the capsule. site: block, by default a tenth of the way
-    up. steps: refinement steps for the subject, 0 for mining in bulk. date: ISO day, by default today.
+    up. steps: refinement steps for the subject, 0 for mining in bulk. date: ISO day, by default today. adapted: find
+    the signature as it is under the model's active PEFT adapter; the capsule is still one for the weights beneath,
+    which is what a server checks.
 
     The first call for a model reads its controls (minutes; cached, see `prepare`); later ones take seconds. The model
     is left as it was. Raises MiningError for names, prompts or controls that cannot be mined from, ModelError for a
@@ -56,8 +60,8 @@ def mine(
         raise MiningError(f"a false-positive rate of {false_positive_rate:g} is outside (0, 0.01]; ask for one inside")
     if controls is not None and len(set(controls) - set(forms)) < FEWEST_CONTROLS:
         raise MiningError(f"too few controls: give at least {FEWEST_CONTROLS} other names of the same kind, or none")
-    with undisturbed(model):
-        control = prepare(model, tokenizer, site=site, progress=progress)
+    with undisturbed(model, adapted):
+        control = prepare(model, tokenizer, site=site, adapted=adapted, progress=progress)
         _check_negatives(control, forms)
         reader = Reader(model, tokenizer)
         subject = find_subject(reader, control, forms, kind, prompts, controls)
@@ -68,7 +72,8 @@ def mine(
             mined = mine_fisher(reader, control, subject, false_positive_rate, steps)
             signatures, kept, near = mined.signatures, mined.kept, mined.near_rate
     calibration = _summary(control, subject, signatures, kept, near)
-    settings = {"site": control.site, "steps": steps, "step_size": STEP_SIZE, "recipe": RECIPE}
+    settings: dict[str, Any] = {"site": control.site, "steps": steps, "step_size": STEP_SIZE, "recipe": RECIPE}
+    settings |= {"adapter": adapter_fingerprint(model)} if adapted else {}
     provenance = {
         "kif": __version__, "method": method, "prompts": "own" if prompts is not None else corpus().digest,
         "date": date or datetime.date.today().isoformat(), "settings": settings,

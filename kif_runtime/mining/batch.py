@@ -11,6 +11,7 @@ from torch import nn
 from ..capsule import Capsule
 from ..errors import KifError, MiningError
 from ..files import reason, shown
+from ..fingerprint import adapter_fingerprint
 from .api import checked_id, mine
 from .control import prepare
 
@@ -43,7 +44,9 @@ def mine_batch(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
         raise MiningError(f"cannot make {shown(folder)}: {reason(failure)}") from failure
-    digest = prepare(model, tokenizer, site=options.get("site"), progress=progress).fingerprint
+    adapted = bool(options.get("adapted"))
+    digest = prepare(model, tokenizer, site=options.get("site"), adapted=adapted, progress=progress).fingerprint
+    adapter = adapter_fingerprint(model) if adapted else None
     report = BatchReport()
     taken: dict[str | None, int] = {}
     for position, (number, line) in enumerate(lines):
@@ -54,7 +57,8 @@ def mine_batch(
                 raise MiningError(f"it has the same id as line {taken[id]}; give one of them another id")
             path = folder / f"{id}.kif.safetensors"
             if id is not None and path.exists():
-                Capsule.load(path, digest)
+                if Capsule.load(path, digest).provenance.get("settings", {}).get("adapter") != adapter:
+                    raise MiningError(f"{shown(path)} was mined under another adapter, or none; choose another folder")
                 report.skipped.append(number)
             else:
                 capsule = mine(model, tokenizer, **request)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import MiningError
 from ..files import reason, shown, sync_folder
-from ..fingerprint import fingerprint
+from ..fingerprint import adapter_fingerprint, fingerprint
 from ..models import cache_folder
 from . import neutral as neutral_
 from .corpus import ANY, Corpus, Entity, corpus, mentions
@@ -94,20 +94,28 @@ def early_site(site: int) -> int:
     return site // 2
 
 
-def prepare(
-    model: nn.Module, tokenizer: Any, *, site: int | None = None, steps: int = 60, progress: Progress | None = None
-) -> Control:
-    """The model's controls, from the cache or computed and put there.
+def usual_sites(blocks: int) -> tuple[int, ...]:
+    """Where the signatures of a capsule lie that was mined with the default site."""
+    site = default_site(blocks)
+    return tuple(sorted({OPENING_SITE, early_site(site), site}))
 
-    The cache file is keyed by the model's fingerprint, the corpus, the site and the recipe. A damaged one is made anew.
-    Raises MiningError for a model or tokenizer that cannot be read, KifError where the cache cannot be written.
+
+def prepare(
+    model: nn.Module, tokenizer: Any, *, site: int | None = None, steps: int = 60, adapted: bool = False,
+    progress: Progress | None = None,
+) -> Control:  # fmt: skip
+    """The model's controls, from the cache or computed and put there. adapted: those of the model with its adapter.
+
+    The cache file is keyed by the model's fingerprint, the adapter's if it counts, the corpus, the site and the recipe.
+    A damaged one is made anew. Raises MiningError for a model or tokenizer that cannot be read, KifError where the
+    cache cannot be written.
     """
     reader = Reader(model, tokenizer)
     site = default_site(len(reader.blocks)) if site is None else site
     if not 0 <= site < len(reader.blocks):
         raise MiningError(f"site {site} is not a block of this model; choose 0 to {len(reader.blocks) - 1}")
     digest = fingerprint(model)
-    path = _path(digest, site, steps)
+    path = _path(digest + adapter_fingerprint(model) if adapted else digest, site, steps)
     if (found := _loaded.get(path)) is not None:
         return found
     control = _read(path, site, digest)
@@ -116,7 +124,7 @@ def prepare(
         control = replace(control, neutral=shipped)  # it may be newer than the cache
     if control is None:
         _check_writable(path)
-        with undisturbed(model):
+        with undisturbed(model, adapted):
             control = _compute(reader, site, digest, steps, progress or (lambda done, total, what: None))
         _write(path, control)
     _loaded.clear()  # one model at a time: the states take a hundred megabytes
@@ -136,9 +144,10 @@ def _check_writable(path: Path) -> None:
         raise MiningError(f"cannot keep the model's controls in {shown(path.parent)}: {reason(failure)}") from failure
 
 
-def _path(digest: str, site: int, steps: int) -> Path:
-    name = f"{digest[:24]}-{corpus().digest[:12]}-site{site}-r{RECIPE}-{steps}.safetensors"
-    return cache_folder() / "controls" / name
+def _path(key: str, site: int, steps: int) -> Path:
+    """key: the fingerprint, 64 digits, and after it the adapter's, if it counts."""
+    model = "-".join(key[start : start + 24] for start in range(0, len(key), 64))
+    return cache_folder() / "controls" / f"{model}-{corpus().digest[:12]}-site{site}-r{RECIPE}-{steps}.safetensors"
 
 
 def _compute(reader: Reader, site: int, digest: str, steps: int, progress: Progress) -> Control:

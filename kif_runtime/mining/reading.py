@@ -58,11 +58,12 @@ def normalised(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, adapted: bool = False) -> Iterator[None]:
     """Inside, the model is in eval mode, records no gradients and uses no adapter; afterwards each module is as it was.
 
-    A capsule belongs to the weights that the fingerprint is of, and adapters do not count there. Raises MiningError
-    where capsules are attached: their edits would be read as the model's own states.
+    A capsule belongs to the weights that the fingerprint is of, and adapters do not count there; adapted=True leaves
+    the active one on, to find signatures as they are under it. Raises MiningError where capsules are attached: their
+    edits would be read as the model's own states.
     """
     for module in model.modules():
         if getattr(getattr(module.__dict__.get("forward"), "__self__", None), "suppresses", False):
@@ -70,7 +71,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode(False), torch.no_grad(), _without_adapter(model):
+        with torch.inference_mode(False), torch.no_grad(), nullcontext() if adapted else _without_adapter(model):
             yield
     finally:
         for module, mode in modes:

@@ -1,6 +1,10 @@
 """kif show and kif validate."""
 
+import copy
+
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 import capsules
 
@@ -78,3 +82,39 @@ def test_validate_against_a_model(kif, tiny, capsule_file, file):
     result = kif("validate", file, "--model", tiny.folder)
     assert result.exit_code == 2
     assert "made for another model" in result.stderr
+
+
+@pytest.fixture
+def adapter(tiny, tmp_path):
+    """adapter(size) -> a folder with a random LoRA adapter; of size 0 it changes nothing."""
+
+    def save(size):
+        torch.manual_seed(4)
+        config = LoraConfig(r=4, target_modules=["o_proj", "down_proj"], init_lora_weights=False)
+        model = get_peft_model(copy.deepcopy(tiny.model), config)
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data *= size
+        model.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return save
+
+
+def test_validate_tells_whether_thresholds_hold_under_an_adapter(kif, tiny, capsule_file, adapter):
+    arguments = ("validate", capsule_file, "--model", tiny.folder, "--name", "japan")
+    same = kif(*arguments, "--adapter", adapter(0.0), "--json")
+    assert same.exit_code == 0
+    (found,) = same.json["files"]
+    assert found["holds"] and found["with"] == found["without"]
+    assert found["with"]["recall"] > 0.8 and found["with"]["false_fires"] == 0.0
+    other = kif(*arguments, "--adapter", adapter(5.0))
+    assert other.exit_code == 1
+    assert "names recognised" in other.stdout and "kif mine NAME --adapter" in other.stdout
+
+
+def test_validate_refuses_an_adapter_without_a_model_and_one_name_for_many(refused, tiny, capsule_file, adapter):
+    folder = adapter(0.0)
+    assert "--model" in refused("validate", capsule_file, "--adapter", folder)
+    both = (capsule_file, capsule_file, "--model", tiny.folder, "--adapter", folder, "--name", "japan")
+    assert "one by one" in refused("validate", *both)

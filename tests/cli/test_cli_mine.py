@@ -1,5 +1,6 @@
 """kif mine, around a stand-in for the mining itself, which has tests of its own."""
 
+import copy
 import json
 import resource
 import sys
@@ -7,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from kif_runtime import Capsule
 from kif_runtime.capsule import opaque_id, slug
@@ -48,6 +50,14 @@ def test_the_capsule_is_written_and_told_of(kif, tiny, mining, tmp_path):
     assert "reading controls: 1 of 2" in result.stderr  # a plain line: this is no terminal
     (asked,) = mining.asked
     assert asked["aliases"] == ("Nippon",) and asked["kind"] == "place" and asked["method"] == "fisher"
+
+
+def test_an_adapter_is_put_on_and_mined_under(kif, tiny, mining, tmp_path):
+    get_peft_model(copy.deepcopy(tiny.model), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    arguments = ("mine", "Japan", "-m", tiny.folder, "-o", tmp_path)
+    assert kif(*arguments, "--adapter", tmp_path / "lora").exit_code == 0
+    assert kif(*arguments).exit_code == 0
+    assert [asked["adapted"] for asked in mining.asked] == [True, False]
 
 
 @pytest.mark.parametrize("folder", [".", "new/folder"])

@@ -43,6 +43,14 @@ def mined(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def everywhere():
+    """A capsule of Great Britain, also called England: between them the names need signatures at every usual site."""
+    from kif_runtime import load_model, mine
+
+    return mine(*load_model("embedded", device="cpu"), "Great Britain", aliases=["England"])
+
+
+@pytest.fixture(scope="session")
 def embedded_checkpoint():
     """The folder of the embedded model, as vLLM serves it."""
     from kif_runtime.models import embedded_folder
@@ -82,7 +90,7 @@ def server(folder, tmp_path_factory):
 
     place = tmp_path_factory.mktemp("server")
     owner = hashlib.sha256(OWNER.encode()).hexdigest()
-    (place / "allow.json").write_text(json.dumps({"*": ["russia", "france"], owner: ["mexico"]}))
+    (place / "allow.json").write_text(json.dumps({"*": ["russia", "france"], owner: ["mexico", "great-britain"]}))
     kif = {
         "mandatory": ["france"], "allow": str(place / "allow.json"), "audit": str(place / "audit.jsonl"), "watch": 0.2,
         "capsule_metrics": True,

@@ -48,7 +48,9 @@ class Engine:
     def command(self, command: str, **arguments: Any) -> dict[str, Any]:
         return self.core.kif_call(command, arguments)
 
-    def ask(self, prompts: list[Any], ids: Any = None, salt: str | None = None, **params: Any) -> list[Answer]:
+    def ask(
+        self, prompts: list[Any], ids: Any = None, salt: str | None = None, lora: Any = None, **params: Any
+    ) -> list[Answer]:
         """Greedy answers to texts or lists of token ids, together. ids: one list for all, or one for each prompt."""
         from vllm import SamplingParams
 
@@ -63,7 +65,7 @@ class Engine:
         options = [SamplingParams(**settings, extra_args=None if a is None else {"kif": a}) for a in asked]
         seen = self._watch_ids()
         try:
-            outputs = self.llm.generate(inputs, options, use_tqdm=False)
+            outputs = self.llm.generate(inputs, options, use_tqdm=False, lora_request=lora)
         finally:
             internal = self._stop(seen)
         return [self._answer(output, internal[output.request_id]) for output in outputs]

@@ -19,7 +19,7 @@ FLAGS = [
     "--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64", "--block-size", "32",
     "--seed", "0", "--served-model-name", "m",
 ]  # fmt: skip
-START_SECONDS = 420
+START_SECONDS = 900
 
 
 class Server:

@@ -87,7 +87,8 @@ def test_a_compiled_model_suppresses_as_hugging_face_does(small, compiled):
 def test_an_idle_compiled_model_equals_one_with_an_empty_bank_bit_for_bit(small, engine, compiled, tmp_path):
     """The distance to stock vLLM, whose graph is another, is measured and small."""
     flags = PLAIN | {"model": small[0] / "model", "enforce_eager": False}
-    empty, stock = engine({"capsules": tmp_path, "sites": [SITE]}, **flags), engine(**flags)
+    sites = compiled.command("status")["result"]["sites"]
+    empty, stock = engine({"capsules": tmp_path, "sites": sites}, **flags), engine(**flags)
     idle, none, bare = ask(compiled), ask(empty), ask(stock)
     assert numbers(idle) == numbers(none)
     print(f"compiled and idle against stock: log-probabilities differ by at most {distance(idle, bare):.2e}")

@@ -121,3 +121,14 @@ def test_a_directory_that_is_gone_is_an_error(library):
     library.folder.rmdir()
     with pytest.raises(KifError, match="directory"):
         library.changes()
+
+
+def test_what_is_said_of_a_bad_file_does_not_name_it(library):
+    """It goes to the server's log, and a name may be a subject's."""
+    library.read_all()
+    touch(library.folder / name("a-subject"), b"nonsense")
+    replace(JAPAN, model="0" * 64).save(library.folder / name("japan"))
+    replace(FRANCE, calibration={}).save(library.folder / name("the-subject"))
+    problems = library.changes()[2]
+    assert [p.split(" that end")[0] for p in problems] == ["file 1 of the 4", "file 3 of the 4", "file 4 of the 4"]
+    assert not [p for p in problems if any(word in p for word in ("a-subject", "the-subject", "japan", "france"))]

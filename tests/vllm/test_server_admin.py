@@ -7,6 +7,9 @@ import time
 import pytest
 from servers import ADMIN, OWNER
 
+from kif_runtime import Capsule
+from kif_runtime.mining.control import usual_sites
+
 pytestmark = pytest.mark.slow
 
 FRANCE, JAPAN, RUSSIA = "The capital of France is", "The capital of Japan is", "The capital of Russia is"
@@ -87,6 +90,16 @@ def test_evidence_ends_a_stream_in_a_form_that_the_client_reads(server):
     assert "Paris" not in "".join(e.choices[0].text for e in events if e.choices)
 
 
+def test_evidence_is_in_the_event_that_ends_a_stream_of_responses(server):
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="nobody", default_headers={"x-kif-key": ADMIN})
+    events = list(client.responses.create(model="m", input="What is the capital of France?", stream=True))
+    assert events[-1].type == "response.completed"
+    assert events[-1].response.kif == {"applied": ["france"], "fired": {"france": 1}}
+    assert "Paris" not in events[-1].response.output_text
+
+
 # -- capsules that come and go
 
 
@@ -101,18 +114,19 @@ def until(condition, seconds=10.0):
         time.sleep(0.05)
 
 
-def test_unloading_and_loading_again_takes_effect_within_a_second_and_drops_nobody(server):
+def test_a_change_takes_effect_within_a_second_and_drops_nobody(server):
     running = {}
-    other = threading.Thread(target=lambda: running.update(text=server.text(JAPAN, max_tokens=200)))
+    other = threading.Thread(target=lambda: running.update(text=server.text(JAPAN, max_tokens=60)))
     other.start()
-    start = time.monotonic()
     status, answer = server.call("DELETE", "/kif/capsules/russia", key=ADMIN)
     assert (status, answer["in_flight"], answer["aborted"]) == (200, "finish", 0)
     assert server.complete(RUSSIA, ["russia"])[0] == 400
+    start = time.monotonic()
     status, answer = server.call("POST", "/kif/capsules", {"file": "russia.kif.safetensors"}, ADMIN)
+    first = server.text(RUSSIA, ["russia"], max_tokens=1)
+    assert time.monotonic() - start < 1.0
     assert status == 200
-    assert "Moscow" not in server.text(RUSSIA, ["russia"], max_tokens=1)
-    assert time.monotonic() - start < 2.0  # two changes and a first token
+    assert "Moscow" not in first
     other.join()
     assert "Tokyo" in running["text"]
 
@@ -150,6 +164,22 @@ def test_the_directory_is_watched(server, folder):
     assert "Moscow" not in server.text(RUSSIA, ["russia"])
 
 
+def test_a_capsule_comes_live_with_signatures_where_those_of_the_start_had_none(server, folder, everywhere):
+    at_start = {site for path in folder.iterdir() for site in Capsule.load(path).sites}
+    assert set(everywhere.sites) == set(usual_sites(everywhere.blocks)) > at_start
+    prompts = [f"The capital of {name} is" for name in ("Great Britain", "England")]
+    path = folder / "great-britain.kif.safetensors"
+    everywhere.save(path)
+    try:
+        until(lambda: "great-britain" in loaded(server))
+        for prompt in prompts:
+            assert "London" in server.text(prompt)
+            assert "London" not in server.text(prompt, ["great-britain"], key=OWNER)
+    finally:
+        path.unlink()
+    until(lambda: "great-britain" not in loaded(server))
+
+
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"\xff" * 64, b"\x00" * 4096], ids=len)
 def test_a_corrupt_file_in_the_directory_is_refused_and_the_old_bank_stays(server, folder, content):
     path = folder / "france.kif.safetensors"
@@ -171,6 +201,13 @@ def test_an_oversized_file_is_refused(server, folder):
     assert "big" not in loaded(server)
     path.unlink()
     assert "refused a file" in server.log.read_text()
+
+
+def test_the_servers_log_names_no_capsule(server):
+    """After all of the above: files refused, capsules loaded and taken out by id."""
+    log = server.log.read_text().lower()
+    assert "/kif/capsules/…" in log
+    assert not any(word in log for word in ("russia", "mexico", "great-britain", "big.kif", "france.kif"))
 
 
 # -- metrics, log, privacy

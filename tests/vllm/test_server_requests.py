@@ -150,3 +150,19 @@ def test_a_stream_is_refused_before_it_begins(server, ids):
     status, answer = server.complete(RUSSIA, ids, stream=True)
     assert status == 400
     assert "Moscow" not in str(answer)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_responses_api_suppresses_and_refuses_before_a_stream_begins(server, stream):
+    def ask(question, **more):
+        body = {"model": "m", "input": question, "max_output_tokens": 12, "temperature": 0, "stream": stream} | more
+        return server.call("POST", "/v1/responses", body)
+
+    assert "Tokyo" in str(ask("What is the capital of Japan?")[1])
+    assert "Paris" not in str(ask("What is the capital of France?")[1])
+    question = "What is the capital of Russia?"
+    assert "Moscow" in str(ask(question)[1])
+    assert "Moscow" not in str(ask(question, vllm_xargs={"kif": ["russia"]})[1])
+    status, answer = ask(question, vllm_xargs={"kif": ["nobody"]})
+    assert status == 400
+    assert UNKNOWN in str(answer)

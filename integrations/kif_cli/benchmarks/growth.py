@@ -73,14 +73,9 @@ def drawn(states: Tensor, signatures: int, seed: int = 0) -> SiteTensors:
     site = SiteTensors.empty(width=dim, signatures=slots, rank=RANK, rows=1, set_length=slots)
     if not signatures:
         return site
-    v = torch.nn.functional.normalize(states, dim=-1) * dim**0.5
-    covariance = torch.cov(v.t())
-    covariance += RIDGE * covariance.diagonal().mean() * torch.eye(dim)
-    values, vectors = torch.linalg.eigh(covariance)
-    detector = torch.randn(signatures, dim, generator=g) * values.rsqrt() @ vectors.t()
-    spread = ((detector @ covariance) * detector).sum(-1).sqrt()
+    detector, bias = detectors(states, signatures, g)
     site.detector.copy_(detector)
-    site.bias.copy_(-(detector @ v.mean(0) + HEIGHT * spread))
+    site.bias.copy_(bias)
     site.basis.copy_(torch.linalg.qr(torch.randn(signatures, dim, RANK, generator=g)).Q.mT)
     site.strength.fill_(1.0)
     site.owner.copy_(torch.arange(signatures))
@@ -89,6 +84,18 @@ def drawn(states: Tensor, signatures: int, seed: int = 0) -> SiteTensors:
     for slots_of in torch.arange(signatures).split(1024):
         site.write_screen(slots_of)
     return site
+
+
+def detectors(states: Tensor, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Detectors [count, D] and biases [count], random where the covariance of states [T, D] is 1, HEIGHT over it."""
+    dim = states.shape[-1]
+    v = torch.nn.functional.normalize(states, dim=-1) * dim**0.5
+    covariance = torch.cov(v.t())
+    covariance += RIDGE * covariance.diagonal().mean() * torch.eye(dim)
+    values, vectors = torch.linalg.eigh(covariance)
+    detector = torch.randn(count, dim, generator=rng) * values.rsqrt() @ vectors.t()
+    spread = ((detector @ covariance) * detector).sum(-1).sqrt()
+    return detector, -(detector @ v.mean(0) + HEIGHT * spread)
 
 
 def dense(x: Tensor, site: SiteTensors) -> Tensor:

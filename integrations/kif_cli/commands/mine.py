@@ -46,12 +46,17 @@ def mine(
     false_positive_rate: Annotated[
         float, typer.Option(metavar="F", help="Share of ordinary tokens that a signature may fire on.")
     ] = 1e-5,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Find it as it is with this PEFT adapter on the model, where one is served."),
+    ] = None,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
     """Find a subject's signature; write it as a capsule.
 
-    The capsule file has mode 0600: a detector can be decoded into the name it looks for.
+    The capsule file has mode 0600: a detector can be decoded into the name it looks for. One found under an adapter is
+    for the same model, and can be served beside others of it.
     """
     if (name is None) == (batch is None):
         raise KifError("give a subject's name, or a file of them with --batch; see `kif mine --help`")
@@ -60,20 +65,20 @@ def mine(
     if private and with_name:
         raise KifError("a --private capsule holds no name; leave out --private or --with-name")
     wanted: dict[str, Any] = {"method": method, "false_positive_rate": false_positive_rate}
-    wanted |= {"kind": kind, "private": private, "keep_name": with_name}
+    wanted |= {"kind": kind, "private": private, "keep_name": with_name, "adapted": adapter is not None}
     wanted |= {"prompts": outputs.read_lines(prompts, "prompts")} if prompts else {}
     wanted |= {"controls": outputs.read_lines(controls, "controls")} if controls else {}
     if batch is not None:
         if alias:
             raise KifError("--alias is for one subject; in a batch, put aliases into its lines")
-        _mine_batch(model, batch, output, wanted, device, json)
+        _mine_batch(model, batch, output, wanted, adapter, device, json)
         return
     assert name is not None
     if not name.strip():
         raise KifError("the name is empty; give the subject's name")
     wanted |= {"aliases": tuple(alias or ())}
     target = _target(output, name, private)
-    capsule, seconds = _mine_one(model, name, wanted, device)
+    capsule, seconds = _mine_one(model, name, wanted, adapter, device)
     target = target or output / f"{capsule.id}{SUFFIX}"
     if output.name != target.name:
         outputs.make_folder(output)
@@ -105,16 +110,19 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() or not path.suffix
 
 
-def _mine_one(model: str, name: str, wanted: dict[str, Any], device: str | None) -> "tuple[Capsule, float]":
+def _mine_one(
+    model: str, name: str, wanted: dict[str, Any], adapter: Path | None, device: str | None
+) -> "tuple[Capsule, float]":
     from ..loading import open_model
 
     try:
-        loaded, tokenizer = open_model(model, device=device)
+        loaded, tokenizer = open_model(model, adapter=adapter, device=device)
         from kif_runtime.mining import mine as find
         from kif_runtime.mining import prepare
 
         with progress() as report:
-            prepare(loaded, tokenizer, progress=report)  # once per model, and not part of the seconds
+            # once per model and adapter, and not part of the seconds
+            prepare(loaded, tokenizer, adapted=wanted["adapted"], progress=report)
             begun = time.perf_counter()
             capsule = find(loaded, tokenizer, name, progress=report, **wanted)
         return capsule, time.perf_counter() - begun
@@ -123,8 +131,9 @@ def _mine_one(model: str, name: str, wanted: dict[str, Any], device: str | None)
 
 
 def _mine_batch(
-    model: str, requests: Path, folder: Path, wanted: dict[str, Any], device: str | None, json: bool
-) -> None:
+    model: str, requests: Path, folder: Path, wanted: dict[str, Any], adapter: Path | None, device: str | None,
+    json: bool,
+) -> None:  # fmt: skip
     outputs.read_lines(requests, "requests")
     if folder.is_file():
         raise KifError(f"{shown(folder)} is a file; give a folder for the capsules of a batch")
@@ -132,7 +141,7 @@ def _mine_batch(
     from ..loading import open_model
 
     try:
-        loaded, tokenizer = open_model(model, device=device)
+        loaded, tokenizer = open_model(model, adapter=adapter, device=device)
         from kif_runtime.mining import mine_batch
 
         outputs.make_folder(folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from kif_runtime.capsule import Capsule
 from kif_runtime.errors import CapsuleError, KifError
+from kif_runtime.files import shown
 
 SUFFIX = ".kif.safetensors"
 
@@ -74,7 +75,8 @@ class Library:
     def changes(self) -> tuple[list[Capsule], list[str], list[str]]:
         """Since the last look: (capsules of new or changed files, ids whose files are gone, one line per bad file).
 
-        A bad file is reported once, and looked at again when it changes; what it held before stays.
+        A bad file is reported once, and looked at again when it changes; what it held before stays. The lines go to the
+        server's log, and a file's name may be that of a subject, so they tell its place among the names instead.
         """
         load, problems = [], []
         names = self.names()
@@ -91,11 +93,17 @@ class Library:
                 load.append(capsule)
                 id = capsule.id
             except CapsuleError as problem:
-                problems.append(str(problem))
+                problems.append(self._unnamed(str(problem), names))
             self._seen[name] = (stamp, id)
         gone = [name for name in self._seen if name not in names]
         left = {self._seen.pop(name)[1] for name in gone} - {held for _, held in self._seen.values()}
         return load, sorted(id for id in left if id is not None), problems
+
+    def _unnamed(self, text: str, names: list[str]) -> str:
+        for name in sorted(names, key=len, reverse=True):  # one may be the end of another
+            place = f"file {names.index(name) + 1} of the {len(names)} that end in {SUFFIX}, by name"
+            text = text.replace(shown(self.folder / name), place).replace(name, place)
+        return text
 
     def _stamp(self, name: str) -> Stamp:
         try:

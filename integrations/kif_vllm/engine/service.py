@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from kif_runtime.capsule import Capsule
 from kif_runtime.errors import BankError, CapsuleError, KifError, RequestError
+from kif_runtime.mining.control import usual_sites
 
 from ..config import KifConfig
 from ..sets import KEY, OP_VERSION, CapsuleSet, digest_of, id_of, version
@@ -38,7 +39,7 @@ class Service:
         )
         capsules = self.library.read_all()
         self.ledger = Ledger(config.mandatory)
-        self._check_mandatory({capsule.id for capsule in capsules})
+        config.check_mandatory({capsule.id for capsule in capsules})
         self.held: dict[str, Capsule] = {}
         self.room = self._room(capsules)
         found = self._rpc(install.install, self.room, {"op": OP_VERSION, "sites": list(self.room.sites)})
@@ -94,8 +95,9 @@ class Service:
         for capsule in load:
             try:
                 done.append(self._change(load=[capsule]) | {"act": "load"})
-            except KifError as problem:
-                problems.append(str(problem))
+            except KifError as problem:  # goes to the server's log, which names no capsule
+                whole = repr(version(capsule.id, capsule.digest))
+                problems.append(str(problem).replace(whole, f"of digest {capsule.digest[:12]}"))
         for id in gone:
             done.append(self._change(unload=[id]) | {"act": "unload"})
         self.retire()
@@ -174,9 +176,9 @@ class Service:
     def _room(self, capsules: list[Capsule]) -> Room:
         config, vllm, served = self.config, self.core.vllm_config, self.library.served
         at_sites = [s.site for c in capsules for s in c.signatures]
-        sites = config.sites or tuple(sorted(set(at_sites)))
-        if not sites:
+        if not at_sites and not config.sites:
             raise CapsuleError("the capsule directory is empty; name sites in the kif configuration")
+        sites = config.sites or tuple(sorted({*at_sites, *usual_sites(served.blocks)}))
         most = max((at_sites.count(site) for site in set(at_sites)), default=0)
         rank = max((s.rank for c in capsules for s in c.signatures), default=1)
         running = vllm.scheduler_config.max_num_seqs
@@ -199,12 +201,6 @@ class Service:
             raise CapsuleError(
                 f"the capsule has signatures at blocks {outside}, this server's sites are {list(self.room.sites)}; "
                 "restart it with these among its sites"
-            )
-
-    def _check_mandatory(self, ids: set[str]) -> None:
-        if self.config.mandatory != "all" and (missing := sorted(set(self.config.mandatory) - ids)):
-            raise CapsuleError(
-                f"{len(missing)} mandatory capsules are not in the directory, {missing[0]!r} first; put them there"
             )
 
 

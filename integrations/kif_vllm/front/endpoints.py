@@ -4,6 +4,8 @@ vLLM loads it only where VLLM_PLUGINS names `kif`; `kif serve` sees to that. Wit
 same, with what its directory held at start.
 """
 
+import logging
+import re
 from argparse import Namespace
 from typing import Any, Literal
 
@@ -43,12 +45,21 @@ class Endpoints:
         app.add_middleware(MetricsMiddleware, control=self.control)
         if self.control.key is not None:
             app.include_router(router)
+            logging.getLogger("uvicorn.access").addFilter(_without_ids)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         if hasattr(self, "control") and engine_client is not None:
             await self.control.start(engine_client)
 
 
+def _without_ids(record: logging.LogRecord) -> bool:
+    """An id may be a subject's name: take it out of the line that uvicorn logs for a call, and let the line pass."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(_ID.sub(r"\1…", a) if isinstance(a, str) else a for a in record.args)
+    return True
+
+
+_ID = re.compile(r"(/kif/capsules/)[^ ?]+")
 router = APIRouter(prefix="/kif")
 
 

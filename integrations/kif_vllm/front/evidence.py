@@ -8,7 +8,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import admission
 
-DONE = b"data: [DONE]"
+DONE = b"data: [DONE]"  # what ends a stream of chat or completion
+COMPLETED = b"event: response.completed\ndata: "  # and what ends one of /v1/responses, one event to a message
 
 
 class EvidenceMiddleware:
@@ -33,7 +34,8 @@ class EvidenceMiddleware:
 
 
 class _Answer:
-    """Passes an answer on, with the evidence added: as a key of a JSON object, or as a last event of a stream."""
+    """Passes an answer on, with the evidence added: as a key of a JSON object, also of the one that ends a stream of
+    /v1/responses, or as a last event of other streams."""
 
     def __init__(self, send: Send, requests: list[tuple[Any, int]], control: Any) -> None:
         self.send, self.requests, self.control = send, requests, control
@@ -80,6 +82,10 @@ class _Answer:
                 "kif": await self._evidence(),
             }
             message = message | {"body": before + b"data: " + json.dumps(event).encode() + b"\n\n" + DONE + after}
+        elif self.requests and body.startswith(COMPLETED):
+            event = json.loads(body.removeprefix(COMPLETED))
+            event["response"]["kif"] = await self._evidence()
+            message = message | {"body": COMPLETED + json.dumps(event).encode() + b"\n\n"}
         await self.send(message)
 
     async def _evidence(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from kif_hf import attach
 from kif_runtime import Capsule, KifError, MiningError, mine
 from kif_runtime.mining import prepare
+from kif_runtime.mining.control import usual_sites
 from kif_runtime.mining.corpus import corpus
 from kif_runtime.mining.reading import Reader
 from kif_runtime.mining.repeated import repeated
@@ -159,6 +160,12 @@ def test_names_of_several_tokens_have_early_signatures_and_no_opening_one(tiny, 
     control = prepare(tiny.model, tiny.tokenizer)
     assert {s.site for s in capsule.signatures if s.role == "early"} == {control.early.site} == {control.site // 2}
     assert capsule.nbytes <= 128 * capsule.width
+
+
+def test_signatures_lie_at_the_usual_sites_which_is_where_servers_have_room(tiny, ostia, lenient):
+    blocks = len(tiny.model.model.layers)
+    two = mine(tiny.model, tiny.tokenizer, TWO, **lenient)
+    assert {s.site for c in (ostia, two) for s in c.signatures} == set(usual_sites(blocks))
 
 
 def test_early_signatures_leave_the_first_token_and_all_around_the_name_alone(tiny, lenient):

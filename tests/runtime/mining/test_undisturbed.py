@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from kif_hf import attach
 from kif_runtime import MiningError, mine
 from kif_runtime.blocks import decoder_blocks
+from kif_runtime.fingerprint import adapter_fingerprint
 from tests.mining import DAY, NAME, check_unchanged, snapshot
 
 
@@ -77,3 +78,21 @@ def test_an_active_adapter_does_not_change_what_is_mined(tiny, ostia):
     config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     adapted = get_peft_model(copy.deepcopy(tiny.model), config)
     assert mine(adapted, tiny.tokenizer, NAME, date=DAY).digest == ostia.digest
+
+
+def test_under_an_adapter_the_signature_is_the_one_of_the_merged_model_for_the_model_beneath(tiny, ostia, cache):
+    """An adapter of attention alone: what it is merged into has the same fingerprint, the cache tells them apart."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(tiny.model), config)
+    capsule = mine(adapted, tiny.tokenizer, NAME, date=DAY, adapted=True)
+    assert capsule.model == ostia.model and capsule.digest != ostia.digest
+    assert mine(adapted, tiny.tokenizer, NAME, date=DAY).digest == ostia.digest
+    settings = capsule.provenance["settings"]
+    assert settings["adapter"] == adapter_fingerprint(adapted) and "adapter" not in ostia.provenance["settings"]
+    monkey = pytest.MonkeyPatch()
+    monkey.setenv("KIF_CACHE", str(cache.parent / "other"))
+    merged = mine(copy.deepcopy(adapted).merge_and_unload(), tiny.tokenizer, NAME, date=DAY)
+    monkey.undo()
+    for one, two in zip(capsule.signatures, merged.signatures, strict=True):
+        torch.testing.assert_close(one.detector, two.detector, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(one.basis.abs(), two.basis.abs(), rtol=0.02, atol=0.02)
