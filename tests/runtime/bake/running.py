@@ -1,4 +1,4 @@
-"""A baking of the tiny model in a process of its own, to be killed, resumed, or launched twice: running.py FOLDER OUT"""
+"""A baking of the tiny model in a process of its own, to be killed, resumed or launched: running.py FOLDER OUT."""
 
 import sys
 from pathlib import Path
