@@ -112,7 +112,7 @@ class Interrupted(CapsuleObjective):
         return super().loss(step)
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("at", [1, 4])
 def test_interrupted_and_resumed_is_never_interrupted(trainer, tmp_path, at):
     settings = dataclasses.replace(SETTINGS, checkpoint_every=2)
     whole = trainer(tmp_path, settings=settings)
