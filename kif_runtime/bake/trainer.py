@@ -86,7 +86,8 @@ class Trainer:
         self._resume()
         total = self.settings.steps
         self._tell()
-        if self.outcome.steps == 0 and total:
+        if self.outcome.steps == 0:
+            self._log({"step": 0, "forget": len(self.forget), "retain": len(self.retain)})
             self._validated()
         while self.outcome.steps < total and self.outcome.stopped != "validation":
             self._step(self.outcome.steps)
