@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -66,6 +67,7 @@ def bake(
     model.
     """
     begun = time.perf_counter()
+    _check_installed()
     folder, processes = Path(out), Processes(accelerator)
     chosen = _objective(objective, options)
     subjects = _subjects(capsules, names or {})
@@ -102,6 +104,11 @@ def bake(
         nbytes = _write(folder, factors, model, tokenizer, provenance, merge)
     processes.wait()
     return Baked(folder, ratios, time.perf_counter() - begun, nbytes, provenance)
+
+
+def _check_installed() -> None:
+    if missing := [name for name in ("peft", "accelerate") if importlib.util.find_spec(name) is None]:
+        raise BakingError(f"baking needs {' and '.join(missing)}; install with: pip install 'kif-runtime[bake]'")
 
 
 def _objective(given: str | Objective, options: Mapping[str, Any] | None) -> Objective:

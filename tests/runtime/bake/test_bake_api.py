@@ -171,6 +171,14 @@ def test_a_baking_that_was_killed_while_it_wrote_is_done_again(tiny, baked, tmp_
     assert (out / "adapter_model.safetensors").read_bytes() == (baked.folder / "adapter_model.safetensors").read_bytes()
 
 
+def test_missing_libraries_are_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        BakingError, match=r"needs peft and accelerate; install with: pip install 'kif-runtime\[bake\]'"
+    ):
+        attempt(tiny, tmp_path / "out")
+
+
 def test_a_full_disk_is_one_line_and_no_adapter(tiny, tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
