@@ -1,4 +1,4 @@
-"""KIF's runtime: capsules, banks, mining and evaluation on a model that is already loaded.
+"""KIF's runtime: capsules, banks, mining, baking and evaluation on a model that is already loaded.
 
 Names are imported on first use, so that `import kif_runtime` costs nothing and pulls in neither torch nor transformers.
 """
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bank import CapsuleBank
     from .capsule import Capsule, Signature
-    from .errors import BankError, CapsuleError, KifError, MiningError, ModelError, RequestError
+    from .errors import BakingError, BankError, CapsuleError, KifError, MiningError, ModelError, RequestError
     from .mining import mine
     from .models import load_model
 
@@ -22,6 +22,7 @@ _HOME = {
     "load_model": ".models",
     "mine": ".mining",
     "KifError": ".errors",
+    "BakingError": ".errors",
     "CapsuleError": ".errors",
     "ModelError": ".errors",
     "BankError": ".errors",
@@ -30,6 +31,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BakingError",
     "BankError",
     "Capsule",
     "CapsuleBank",
