@@ -1,4 +1,4 @@
-"""KIF's runtime: capsules, banks, mining and evaluation on a model that is already loaded.
+"""KIF's runtime: capsules, banks, mining, baking and evaluation on a model that is already loaded.
 
 Names are imported on first use, so that `import kif_runtime` costs nothing and pulls in neither torch nor transformers.
 """
@@ -7,9 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .bake import bake
     from .bank import CapsuleBank
     from .capsule import Capsule, Signature
-    from .errors import BankError, CapsuleError, KifError, MiningError, ModelError, RequestError
+    from .errors import BakingError, BankError, CapsuleError, KifError, MiningError, ModelError, RequestError
     from .mining import mine
     from .models import load_model
 
@@ -21,7 +22,9 @@ _HOME = {
     "CapsuleBank": ".bank",
     "load_model": ".models",
     "mine": ".mining",
+    "bake": ".bake",
     "KifError": ".errors",
+    "BakingError": ".errors",
     "CapsuleError": ".errors",
     "ModelError": ".errors",
     "BankError": ".errors",
@@ -30,6 +33,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BakingError",
     "BankError",
     "Capsule",
     "CapsuleBank",
@@ -39,6 +43,7 @@ __all__ = [
     "ModelError",
     "RequestError",
     "Signature",
+    "bake",
     "load_model",
     "mine",
 ]

@@ -38,3 +38,7 @@ class MiningError(KifError):
 
 class RequestError(KifError):
     """A request names capsules or options that are not available."""
+
+
+class BakingError(KifError):
+    """A subject cannot be baked from what was given, or training did not come to a good end."""

@@ -1,0 +1,1 @@
+"""Baking: what capsules suppress becomes a standard PEFT LoRA adapter."""
