@@ -1,19 +1,29 @@
 """Gradient ascent and gradient difference, the oldest baselines.
 
-Source: TOFU (arXiv 2401.06121). Their loss is the mean over all tokens of a batch; here every sample weighs the
-same, so that weights per sample (`egup`) mean the same with every objective.
+Source: TOFU (arXiv 2401.06121). Their loss is the mean over all tokens of a batch; here every row weighs the same, so
+that a step means the same however its rows are split.
 """
 
 from torch import Tensor
 
+from .base import Step
+from .rows import RowObjective, student_logits
 from .tokens import mean_log_prob
 
 
-def ascent(logits: Tensor, ids: Tensor, completion: Tensor) -> Tensor:
-    """Gradient ascent [B]: log π(y | x) ÷ |y|, to be made small. It has no lower bound."""
-    return mean_log_prob(logits, ids, completion)
+class GradientDifference(RowObjective):
+    """log π(y | x) ÷ |y| is made small on forget text, and retain text held (by `nll` in the source)."""
+
+    name = "gradient-difference"
+
+    def forget(self, step: Step) -> Tensor:
+        return mean_log_prob(student_logits(step, step.forget), step.forget.ids, step.forget.completion)
 
 
-def descent(logits: Tensor, ids: Tensor, completion: Tensor) -> Tensor:
-    """The usual loss [B], on retain text; gradient difference is `ascent` on forget text plus this."""
-    return -mean_log_prob(logits, ids, completion)
+class GradientAscent(GradientDifference):
+    """The same and nothing retained. It has no lower bound."""
+
+    name = "gradient-ascent"
+
+    def __init__(self) -> None:
+        super().__init__(retain=0.0)

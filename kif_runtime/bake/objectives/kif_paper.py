@@ -1,61 +1,115 @@
-"""The published distillation (arXiv 2601.10566), as losses.
+"""The published distillation (arXiv 2601.10566).
 
     L = L_DPO(β .02) + .03 L_UL + .02 L_NTUL + .03 L_KL(anchors) + 5 L_EWC
 
-Published with r = 4, α = 8 on q, v and o, lr 5e-6, 5 epochs, batches of 2, as many anchors as subject pairs. y⁻ is the
-base model's own answer; y⁺, there a canned refusal, is by default the capsule's own suppressed generation
-(`pairs.harvest`).
+y⁻ is the base model's own answer. y⁺, there a canned refusal, is by default the capsule's own suppressed generation;
+a pair whose two answers are the same teaches nothing and counts 0. Published with r = 4, α = 8 on q, v and o, lr 5e-6,
+5 epochs, batches of 2 and as many anchors; here the steps are fewer and the learning rate larger.
+
+Published, v is projected out at MLP outputs during the student's forward on subject pairs. With `project` the student
+reads them with the capsules at work instead: at block outputs, gated, towards the capsule's target. It is off by
+default: a loss that the capsule has already made small teaches the weights little.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .tokens import over_completion, wide
+from ...errors import BakingError
+from ..examples import Batch, Example, collate
+from ..settings import Settings
+from .base import Objective, Setup, Step
+from .paper_terms import ewc, fisher, name_unlikelihood, unlikelihood
+from .preference import dpo
+from .rows import alternative, held_rows, reference_logits, spoken
+from .tokens import mean_log_prob, sequence_log_prob
 
-BETA = 0.02
-WEIGHTS = {"unlikelihood": 0.03, "names": 0.02, "anchors": 0.03, "ewc": 5.0}
-
-
-def _log_others(logits: Tensor, excluded: Tensor) -> Tensor:
-    """log Σ p(w) over the tokens w that are not excluded, [...]; exact where 1 − p would round to 0.
-
-    logits [..., V]; excluded, a mask that broadcasts to it.
-    """
-    z = wide(logits)
-    return z.masked_fill(excluded, float("-inf")).logsumexp(-1) - z.logsumexp(-1)
+BENIGN = 16  # retain texts that the Fisher is taken of
 
 
-def unlikelihood(logits: Tensor, ids: Tensor, completion: Tensor) -> Tensor:
-    """L_UL: −mean log(1 − p(y⁻_t)) [B] over the completion. logits [B, T, V]."""
-    before = logits[:, :-1]
-    spoken = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, ids[:, 1:, None], True)
-    return over_completion(-_log_others(before, spoken), completion)
+class KifPaper(Objective):
+    """alternatives: `teacher` or `refusal`, what y⁺ is. project: see above. The rest: β and the terms' weights."""
+
+    name = "kif-paper"
+
+    def __init__(
+        self,
+        alternatives: str = "teacher",
+        project: bool = False,
+        beta: float = 0.02,
+        unlikelihood: float = 0.03,
+        names: float = 0.02,
+        anchors: float = 0.03,
+        ewc: float = 5.0,
+    ) -> None:
+        if alternatives not in ("teacher", "refusal"):
+            raise BakingError(f"alternatives={alternatives!r} is not known to kif-paper; choose 'teacher' or 'refusal'")
+        self.alternatives, self.project, self.beta = alternatives, project, beta
+        self.weights = {"unlikelihood": unlikelihood, "names": names, "anchors": anchors, "ewc": ewc}
+        self._names: dict[int, frozenset[int]] = {}
+        self._start: dict[str, Tensor] = {}
+        self._fisher: dict[str, Tensor] = {}
+
+    def settings(self, last_site: int, blocks: int) -> Settings:
+        return Settings(rank=4, alpha=8, targets=("q_proj", "v_proj", "o_proj"), learning_rate=1e-3, steps=60)
+
+    def prepare(self, setup: Setup) -> None:
+        self._names = telling_tokens(setup.forget, setup.retain)
+        self._start = {name: p.detach().clone() for name, p in setup.adapter.items()}
+        self._fisher = fisher(_benign_losses(setup), setup.adapter)
+
+    def loss(self, step: Step) -> dict[str, Tensor]:
+        batch, plus = step.forget, alternative(step.forget)
+        edits = step.passes.suppression() if self.project else None
+        rejected, chosen = (spoken(step.student(b, logits=True, edits=edits)) for b in (batch, plus))
+        up, down = (_gain(step, b, own) for b, own in ((plus, chosen), (batch, rejected)))
+        names = name_mask(batch.subject, self._names, rejected.shape[-1]).to(rejected.device)
+        telling = differ(batch, plus)
+        rows = {
+            "dpo": telling * dpo(up, down, self.beta),
+            "unlikelihood": telling * unlikelihood(rejected, batch.ids, batch.completion),
+            "names": telling * name_unlikelihood(rejected, names, batch.completion),
+            "anchors": held_rows(step),
+            "ewc": ewc(step.adapter, self._start, self._fisher),
+        }
+        return {name: self.weights.get(name, 1.0) * each.mean() for name, each in rows.items()}
 
 
-def name_unlikelihood(logits: Tensor, names: Tensor, completion: Tensor) -> Tensor:
-    """L_NTUL: −mean log(1 − Σ p(w)) [B] over the completion's positions; names [V], True at the name's tokens w."""
-    return over_completion(-_log_others(logits[:, :-1], names), completion)
+def _gain(step: Step, batch: Batch, own: Tensor) -> Tensor:
+    was = sequence_log_prob(reference_logits(step, batch), batch.ids, batch.completion)
+    return sequence_log_prob(own, batch.ids, batch.completion) - was
 
 
-def fisher(losses: Iterable[Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Diagonal empirical Fisher: the mean over texts of the squared gradient of a text's loss.
-
-    losses: one scalar for each benign text, made one at a time. At a fresh adapter's start, where B = 0, the gradient
-    of A is 0 and so is its Fisher: only B is held until the Fisher is taken again.
-    """
-    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    count = 0
-    for count, loss in enumerate(losses, 1):  # noqa: B007
-        slopes = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for square, slope in zip(total.values(), slopes, strict=True):
-            if slope is not None:
-                square += slope.detach().float().square()
-    return {name: square / max(count, 1) for name, square in total.items()}
+def telling_tokens(forget: Sequence[Example], retain: Sequence[Example]) -> dict[int, frozenset[int]]:
+    """Subject → the tokens of its name that retain text does not have: to forbid ' of' would harm all text."""
+    common = {token for example in retain for token in example.ids}
+    found: dict[int, set[int]] = {}
+    for example in forget:
+        found.setdefault(example.subject, set()).update(example.ids[place] for place in example.name)
+    return {subject: frozenset(tokens - common) for subject, tokens in found.items()}
 
 
-def ewc(parameters: Mapping[str, Tensor], start: Mapping[str, Tensor], importance: Mapping[str, Tensor]) -> Tensor:
-    """L_EWC: Σ F (θ − θ₀)² []. Source of the penalty: arXiv 1612.00796, eq. 3, without its ½ λ."""
-    each = [(importance[name] * (p.float() - start[name].float()).square()).sum() for name, p in parameters.items()]
-    return torch.stack(each).sum()
+def name_mask(subjects: Tensor, names: Mapping[int, frozenset[int]], vocabulary: int) -> Tensor:
+    """[B, 1, V] bool: True at the name tokens of each row's subject [B]."""
+    mask = torch.zeros(len(subjects), 1, vocabulary, dtype=torch.bool)
+    for row, subject in enumerate(subjects.tolist()):
+        mask[row, 0, list(names.get(subject, ()))] = True
+    return mask
+
+
+def differ(batch: Batch, other: Batch) -> Tensor:
+    """[B] fp32: 1 for rows whose two texts are not the same, else 0."""
+    width = max(batch.ids.shape[1], other.ids.shape[1])
+    rows = [pad(torch.where(b.mask.bool(), b.ids, -1), (0, width - b.ids.shape[1]), value=-1) for b in (batch, other)]
+    return (rows[0] != rows[1]).any(1).float()
+
+
+def _benign_losses(setup: Setup) -> Iterable[Tensor]:
+    """The training loss [] of retain texts, one after another."""
+    stride = max(1, len(setup.retain) // BENIGN)
+    for number in range(0, len(setup.retain), stride):
+        batch = collate([setup.retain[number]], [number]).to(setup.passes.device)
+        logits = spoken(setup.passes.student(batch, logits=True))
+        yield -mean_log_prob(logits, batch.ids, batch.completion)[0]

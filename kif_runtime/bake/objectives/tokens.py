@@ -36,20 +36,10 @@ def mean_log_prob(logits: Tensor, ids: Tensor, completion: Tensor) -> Tensor:
     return over_completion(token_log_probs(logits, ids), completion)
 
 
-def kl(reference: Tensor, logits: Tensor, counted: Tensor) -> Tensor:
-    """KL(reference ‖ student) [B] in nats, the mean over the positions where `counted` [B, T] is True.
+def kl(reference: Tensor, logits: Tensor, completion: Tensor) -> Tensor:
+    """KL(reference ‖ student) [B] in nats of the predictions of the completion's tokens, their mean.
 
     Both are logits [B, T, V]. 0, with gradient 0, where they are equal.
     """
-    goal = wide(reference).log_softmax(-1)
-    each = (goal.exp() * (goal - wide(logits).log_softmax(-1))).sum(-1)
-    weight = counted.to(each.dtype)
-    return (each * weight).sum(1) / weight.sum(1).clamp_min(1)
-
-
-def weighted_mean(losses: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The batch's loss [] of per-sample losses [B]: Σ w·ℓ ÷ Σ w; the plain mean without weights."""
-    if weights is None:
-        return losses.mean()
-    weights = weights.to(losses.dtype)
-    return (weights * losses).sum() / weights.sum()
+    goal = wide(reference[:, :-1]).log_softmax(-1)
+    return over_completion((goal.exp() * (goal - wide(logits[:, :-1]).log_softmax(-1))).sum(-1), completion)

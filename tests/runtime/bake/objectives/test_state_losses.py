@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from kif_runtime.bake.objectives import egup, reglu, rmu, rna
+from kif_runtime.bake.objectives import egup, reglu, rmu, rna, untouched
 
 B, T, D = 3, 5, 8
 
@@ -34,42 +34,23 @@ def test_distance_to_a_target_and_to_the_reference(states):
 def test_targets(states):
     forget, retain = (torch.from_numpy(x.reshape(-1, D)) for x in states[:2])
     seed = torch.Generator().manual_seed(0)
-    u = rmu.random_target(D, seed)
+    u = rmu.random_direction(D, seed)
     assert u.norm().item() == pytest.approx(1) and (u >= 0).all()
     forget[:, 3] *= 50  # the dimension that forget text alone uses
     ratio = np.log1p(forget.abs().numpy().mean(0) / (retain.abs().numpy().mean(0) + 1e-6))
     importance = rmu.importance(forget, retain)
     np.testing.assert_allclose(importance, ratio / ratio.max(), rtol=1e-12)
     assert int(importance.argmax()) == 3 and importance.max() == 1
-    target = rmu.structured_target(forget, retain, seed)
+    target = rmu.structured_direction(forget, retain, seed)
     np.testing.assert_allclose(target.abs(), importance / D**0.5, rtol=1e-6)
     assert (target < 0).any() and (target > 0).any()
-    assert rmu.coefficient(forget, 2.0) == pytest.approx(2 * np.linalg.norm(forget, axis=1).mean())
 
 
-def test_noise_has_the_variance_asked_and_a_seed_repeats_it():
+def test_noise_has_the_deviation_asked_and_a_seed_repeats_it():
     zeros = torch.zeros(4, 500, 16)
-    drawn = rna.noise(zeros, 0.25, torch.Generator().manual_seed(3))
-    assert drawn.mean().abs() < 0.01 and drawn.var().item() == pytest.approx(0.25, rel=0.02)
-    assert torch.equal(drawn, rna.noise(zeros, 0.25, torch.Generator().manual_seed(3)))
-
-
-def test_the_reference_is_noisy_inside_and_untouched_after(tiny_model):
-    model = tiny_model("llama")
-    ids = torch.arange(3, 13)[None]
-    with torch.no_grad():
-        seen = []
-        for layer in model.model.layers[1:3]:
-            layer.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-        plain = model(ids).logits
-        with rna.noisy(model.model.layers[1], 0.5, torch.Generator().manual_seed(0)):
-            noisy = model(ids).logits
-        with rna.noisy(model.model.layers[1], 0.0, torch.Generator()):
-            assert torch.equal(model(ids).logits, plain)
-        after = model(ids).logits
-    assert torch.equal(seen[2], seen[0])
-    assert (seen[3] - seen[1]).std().item() == pytest.approx(0.5**0.5, rel=0.2)
-    assert not torch.equal(noisy, plain) and torch.equal(after, plain)
+    drawn = rna.noisy(zeros, 0.5, torch.Generator().manual_seed(3))
+    assert drawn.mean().abs() < 0.01 and drawn.std().item() == pytest.approx(0.5, rel=0.01)
+    assert torch.equal(drawn, rna.noisy(zeros, 0.5, torch.Generator().manual_seed(3)))
 
 
 def test_the_directions_of_reglu(states):
@@ -98,10 +79,10 @@ def test_the_directions_of_reglu(states):
 def test_reglu_starts_as_nothing_or_as_a_known_step():
     rng = np.random.default_rng(3)
     w, u = rng.normal(size=(D, 6)), np.linalg.qr(rng.normal(size=(D, 2)))[0]
-    b, a = reglu.start(torch.from_numpy(w), torch.from_numpy(u), scaling=2.0)
+    b, a = reglu.start(torch.from_numpy(w), torch.from_numpy(u), 0.0)
     assert not (b @ a).any() and b.any()
-    b, a = reglu.start(torch.from_numpy(w), torch.from_numpy(u), scaling=2.0, step=1.0)
-    left = w + 2 * (b @ a).numpy()
+    b, a = reglu.start(torch.from_numpy(w), torch.from_numpy(u), 1.0)
+    left = w + (b @ a).numpy()
     assert np.abs(u.T @ left).max() < 1e-12  # step 1 takes the whole component away
     np.testing.assert_allclose(left, w - u @ u.T @ w)
 
@@ -109,22 +90,19 @@ def test_reglu_starts_as_nothing_or_as_a_known_step():
 def test_weights_grow_with_entanglement_and_fall_with_own_shift():
     retain = torch.tensor([[1.0, 0.0], [1.0, 0.2]])
     forget = torch.tensor([[1.0, 0.1], [0.0, 1.0], [-1.0, 0.0]])
-    entangled = egup.entanglement(forget, retain)
+    entangled = egup.entanglement(forget, retain, 0.2)
     assert entangled[0] > entangled[1] > entangled[2] and entangled.mean().item() == pytest.approx(1)
     near = (forget @ retain.mean(0)) / (forget.norm(dim=1) * retain.mean(0).norm())
     expected = 3 * np.exp(near.numpy() / 0.2) / np.exp(near.numpy() / 0.2).sum()
     np.testing.assert_allclose(entangled, expected, rtol=1e-5)
-    assert torch.allclose(egup.weights(forget, forget, retain), entangled)
     turned = torch.tensor([[0.1, -1.0], [0.0, 1.0], [1.0, 0.0]])
     assert egup.remaining(turned, forget).tolist() == pytest.approx([0, 1, 0], abs=1e-6)
-    student = turned.clone().requires_grad_(True)
-    assert not egup.weights(student, forget, retain).requires_grad
 
 
 def test_embedding_counts_the_tokens_of_the_mask(states):
     now, _, counted = states
     expected = np.stack([now[b][counted[b]].mean(0) for b in range(B)])
-    got = egup.embedding(torch.from_numpy(now), torch.from_numpy(counted))
+    got = untouched.embedding(torch.from_numpy(now), torch.from_numpy(counted))
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
