@@ -26,6 +26,7 @@ OBJECTIVES: dict[str, str] = {
     "npo": "preference:Npo",
     "simnpo": "preference:SimNpo",
     "undial": "undial:Undial",
+    "unierase": "unierase:UniErase",
     "orthogonal": "orthogonal:Orthogonal",
 }
 """Name → module and class."""

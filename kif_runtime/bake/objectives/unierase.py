@@ -1,52 +1,113 @@
-"""UniErase: a learned token that leads into 'I do not know', and a closed-form edit that answers with it.
+"""UniErase: a learned token that leads into 'I do not know', and an edit that makes the model answer with it.
 
 Source: arXiv 2505.15674. (1) The unlearning token's embedding e is learned, all else frozen, so that after a question
-and the token the model refuses: min_e −log p(refusal | x, [UNL]). (2) An edit of MLP down projections makes the token
-follow the forget prompts: for the prompts' keys K [n, in] (the projection's inputs at the subject's last token) and the
-changes R [n, out] wanted there,
+and the token the model refuses: min_e −log p(refusal | x, [UNL]). (2) A change of the residual stream at the subject's
+last token is sought for each forget prompt, so that [UNL] follows. (3) `light_edit` writes these changes into MLP down
+projections; in the source those of blocks 4–8 of Llama-3.1-8B, here of one block. The source perturbs weights while it
+learns the token, and appends a second token after the refusal; neither is done here.
 
-    ΔW = Rᵀ (K P Kᵀ + λ I)⁻¹ K P        P: the projector onto what retain keys do not span
-
-which is the solution of min ‖ΔW' P Kᵀ − Rᵀ‖² + λ‖ΔW' P‖² (AlphaEdit, arXiv 2410.02355, with no earlier edits;
-written in the n × n form). Its rank is at most n, so it is a LoRA: B = Rᵀ(·)⁻¹, A = K P, exactly where n ≤ r and else
-the best of rank r by singular values. In the source: blocks 4–8 of Llama-3.1-8B; here one block.
-
-**What it changes outside LoRA**: the embedding row of one token, and with tied weights the same row of the vocabulary
-head. Without it the edited model says a token that means nothing.
+**What it changes outside LoRA**: the embedding row of one token that the model has and text does not (a special one),
+and with tied weights the same row of the vocabulary head. PEFT keeps that row in the adapter's file, as a trainable
+token; a server that loads LoRA matrices alone would make the model say a token that means nothing.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .tokens import wide
+from ..examples import Batch, Example, collate
+from ..settings import MLP, Settings
+from .base import Objective, Setup
+from .layers import write
+from .light_edit import free_projector, light_edit, of_rank
+from .orthogonal import WRITERS
+from .rows import spoken
+from .unlearning_token import descend, learn_token, unused_token
+from .untouched import batches, inner
 
 
-def free_projector(retain: Tensor, share: float = 0.02) -> Tensor:
-    """P [in, in], float64: where the retain keys' second moment has eigenvalues below `share` of their mean.
-
-    retain [M, in]: keys. AlphaEdit takes an absolute bound of 2e-2 there; norms differ too much for that.
+class UniErase(Objective):
+    """token: which one is given the new meaning; by default the last special one that no chat uses. depth: of the
+    edited block, as a share of all. prompts: how many are edited. steps: of Adam, for the token and for the changes.
     """
-    keys = retain.double().cpu()
-    values, vectors = torch.linalg.eigh(keys.T @ keys / len(keys))
-    free = vectors[:, values < share * values.mean()]
-    return free @ free.T
+
+    name = "unierase"
+    alternatives = "refusal"
+
+    def __init__(
+        self, token: str | None = None, depth: float = 0.2, prompts: int = 32, steps: tuple[int, int] = (30, 15)
+    ) -> None:
+        self.token, self.depth, self.prompts, self.steps = token, depth, prompts, steps
+        self._lost = 0.0
+
+    def _block(self, last_site: int, blocks: int) -> int:
+        return min(max(last_site, round(self.depth * blocks)), blocks - 1)
+
+    def settings(self, last_site: int, blocks: int) -> Settings:
+        return Settings(rank=16, alpha=16, blocks=self._block(last_site, blocks) + 1, targets=(MLP,), steps=0)
+
+    def prepare(self, setup: Setup) -> None:
+        self.token, number = unused_token(setup.tokenizer, self.token)
+        learn_token(setup, number, self.steps[0])
+        block = self._block(setup.passes.sites[-1], len(setup.passes.blocks))
+        layer = [m for p, m in setup.layers.items() if f".{block}." in p and p.rpartition(".")[2] in WRITERS][-1]
+        prompts = [
+            Example(e.ids[: e.start], 0, e.subject, tuple(i for i in e.name if i < e.start))
+            for e in setup.forget[:: max(1, -(-len(setup.forget) // self.prompts))]
+        ]
+        batch = collate(prompts, range(len(prompts))).to(setup.passes.device)
+        keys = inputs(setup, layer, [batch], name_ends)
+        wanted = changes(setup, batch, block, number, self.steps[1])
+        retain = inputs(setup, layer, batches(setup.retain), inner)
+        edit = light_edit(keys, wanted, free_projector(retain))
+        b, a, self._lost = of_rank(*edit, setup.settings.rank)
+        write(layer, b, a)
+
+    def report(self) -> dict[str, Any]:
+        outside = f"the embedding row of the token {self.token}, kept in the adapter's file as a trainable token"
+        return {"outside_lora": outside, "edit_left_out_by_rank": self._lost}
 
 
-def light_edit(keys: Tensor, changes: Tensor, projector: Tensor, ridge: float = 1e-2) -> tuple[Tensor, Tensor]:
-    """(B [out, n], A [n, in]) of ΔW, fp32. keys [n, in], changes [n, out]; ridge: λ as a share of mean |K P|²."""
-    k, r = keys.double().cpu(), changes.double().cpu()
-    seen = k @ projector
-    gram = seen @ k.T
-    gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(k), dtype=gram.dtype)
-    return torch.linalg.solve(gram, r).T.float(), seen.float()
+def changes(setup: Setup, batch: Batch, block: int, number: int, steps: int) -> Tensor:
+    """R [B, D]: what added to the output of `block` at the name's last token makes `number` follow each prompt."""
+    rows, places = name_ends(batch).nonzero(as_tuple=True)
+    ends = batch.mask.sum(1) - 1
+    was = setup.passes.reference(batch, hidden=(block,)).hidden[block][rows, places].float()
+    added = (
+        torch.randn(was.shape, generator=setup.generator).to(was) * 1e-3 * was.square().mean().sqrt()
+    ).requires_grad_()
+
+    def edit(x: Tensor) -> Tensor:
+        return x.index_put((rows, places), added.to(x.dtype), accumulate=True)
+
+    def loss(step: int) -> Tensor:
+        logits = spoken(setup.passes.student(batch, logits=True, edits={block: edit}))
+        said = logits[torch.arange(len(batch), device=ends.device), ends].float().log_softmax(-1)[:, number]
+        return -said.mean() + 0.05 * (added.norm(dim=1) / was.norm(dim=1)).square().mean()
+
+    descend(added, loss, steps, float(was.square().mean().sqrt()))
+    return added.detach()
 
 
-def of_rank(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The best approximation of B A of the given rank, as (B, A), and the share of ‖B A‖²_F that it leaves out."""
-    qb, rb = torch.linalg.qr(wide(b))
-    qa, ra = torch.linalg.qr(wide(a).T)
-    u, s, v = torch.linalg.svd(rb @ ra.T)
-    kept = min(rank, len(s))
-    lost = float(s[kept:].square().sum() / s.square().sum().clamp_min(1e-30))
-    root = s[:kept].sqrt()
-    return qb @ (u[:, :kept] * root), (root[:, None] * v[:kept]) @ qa.T, lost
+def inputs(setup: Setup, layer: Any, over: Any, where: Callable[[Batch], Tensor]) -> Tensor:
+    """[N, in] fp32 on the CPU: the layer's inputs in the untouched model at the tokens `where`."""
+    found: list[Tensor] = []
+    handle = layer.get_base_layer().register_forward_pre_hook(lambda _m, args: found.append(args[0].float().cpu()))
+    try:
+        kept = []
+        for batch in over:
+            setup.passes.reference(batch, hidden=(len(setup.passes.blocks) - 1,))
+            kept.append(found.pop()[where(batch).cpu()])
+    finally:
+        handle.remove()
+    return torch.cat(kept)
+
+
+def name_ends(batch: Batch) -> Tensor:
+    """[B, T] bool: the last token of the name in each row (of its last mention), or of the row where it has none."""
+    positions = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    last = torch.where(batch.name, positions, -1).amax(1)
+    last = torch.where(last < 0, batch.mask.sum(1) - 1, last)
+    return positions == last[:, None]

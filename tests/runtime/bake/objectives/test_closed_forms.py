@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kif_runtime.bake.objectives import orthogonal, paper_terms, unierase
+from kif_runtime.bake.objectives import light_edit, orthogonal, paper_terms
 from kif_runtime.bake.objectives.healing import Leakage, heal
 from kif_runtime.blocks import decoder_blocks
 
@@ -46,17 +46,17 @@ def test_the_light_edit_solves_its_least_squares_problem():
     rng = np.random.default_rng(1)
     keys, changes, retain = rng.normal(size=(3, 10)), rng.normal(size=(3, 6)), rng.normal(size=(200, 10))
     retain[:, 6:] *= 1e-3  # four dimensions that retain keys hardly use
-    p = unierase.free_projector(torch.from_numpy(retain)).numpy()
+    p = light_edit.free_projector(torch.from_numpy(retain)).numpy()
     assert np.linalg.matrix_rank(p) == 4
     np.testing.assert_allclose(p @ p, p, atol=1e-12)
-    b, a = unierase.light_edit(*(torch.from_numpy(x) for x in (keys, changes, p)), ridge=1e-2)
+    b, a = light_edit.light_edit(*(torch.from_numpy(x) for x in (keys, changes, p)), ridge=1e-2)
     ridge = 1e-2 * np.trace(keys @ p @ keys.T) / 3
     # AlphaEdit's form: solved for by the normal equations in the input dimension instead
     expected = np.linalg.solve((keys.T @ keys @ p + ridge * np.eye(10)).T, (changes.T @ keys @ p).T).T
     got = (b @ a).numpy()
     np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-4)
     assert np.abs(got @ retain.T).max() < 0.05 * np.abs(got @ keys.T).max()
-    exact = unierase.light_edit(*(torch.from_numpy(x) for x in (keys, changes, p)), ridge=1e-9)
+    exact = light_edit.light_edit(*(torch.from_numpy(x) for x in (keys, changes, p)), ridge=1e-9)
     np.testing.assert_allclose((exact[0] @ exact[1]).numpy() @ keys.T, changes.T, atol=1e-3)
 
 
@@ -65,11 +65,11 @@ def test_an_edit_is_cut_to_a_rank_by_its_singular_values():
     b, a = torch.from_numpy(rng.normal(size=(7, 5))), torch.from_numpy(rng.normal(size=(5, 9)))
     whole = (b @ a).numpy()
     s = np.linalg.svd(whole, compute_uv=False)
-    cut_b, cut_a, lost = unierase.of_rank(b, a, 2)
+    cut_b, cut_a, lost = light_edit.of_rank(b, a, 2)
     assert cut_b.shape == (7, 2) and cut_a.shape == (2, 9)
     assert np.linalg.norm(whole - (cut_b @ cut_a).numpy()) ** 2 == pytest.approx((s[2:] ** 2).sum())
     assert lost == pytest.approx((s[2:] ** 2).sum() / (s**2).sum())
-    same_b, same_a, lost = unierase.of_rank(b, a, 8)
+    same_b, same_a, lost = light_edit.of_rank(b, a, 8)
     np.testing.assert_allclose((same_b @ same_a).numpy(), whole, atol=1e-12)
     assert lost == 0
 
