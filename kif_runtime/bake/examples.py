@@ -1,6 +1,6 @@
 """Examples: texts to forget or to keep, as token ids, and batches of them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,8 @@ class Example:
 @dataclass(frozen=True)
 class Batch:
     """Right-padded examples. ids, mask [B, T] int64; completion, name [B, T] bool: which tokens are of the completion
-    and of the subject's name; subject [B] int64, −1 for retain text; index [B] int64: each example's number in its list,
-    the same in every epoch.
+    and of the subject's name; subject [B] int64, −1 for retain text; index [B] int64: each example's number in its
+    list, the same in every epoch.
 
     alternative: the same prompts with the other completions, None unless every example has one.
     """
@@ -72,3 +72,11 @@ def _padded(rows: Sequence[Sequence[int]], examples: Sequence[Example], index: S
             name[i, list(example.name)] = True
     subject = torch.tensor([e.subject for e in examples])
     return Batch(ids, mask, completion, name, subject, torch.tensor(list(index)))
+
+
+def batches(examples: Sequence[Example], rows: int = 32) -> Iterator[Batch]:
+    """All examples, those of similar length together, on the CPU."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
+    for start in range(0, len(order), rows):
+        chunk = order[start : start + rows]
+        yield collate([examples[i] for i in chunk], chunk)

@@ -12,6 +12,7 @@ class Settings:
 
     learning_rate: of AdamW, with linear warm-up over `warmup` steps and then linear decay to a tenth. steps: at most.
     forget_rows, retain_rows: examples of each in a step, over all processes. clip: the largest norm of a gradient.
+    Every `validate_every` steps the ratios on held-out text are measured; training ends where none is over `enough`.
     """
 
     rank: int = 8
@@ -24,3 +25,6 @@ class Settings:
     forget_rows: int = 8
     retain_rows: int = 8
     clip: float = 1.0
+    validate_every: int = 20
+    checkpoint_every: int = 10
+    enough: float = 0.05

@@ -1,0 +1,172 @@
+"""Texts to forget, to keep, and to validate on: from the templates of mining, from the user, from the model itself.
+
+Templates that validation uses are never trained on, and none of these texts is one that an evaluation asks. Names stay
+in memory; nothing here is written.
+"""
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..capsule import Capsule
+from ..errors import BakingError
+from ..files import reason, shown
+from ..mining.corpus import ANY, Entity, corpus, mentions, near_misses
+from ..mining.neutral import spread
+from ..mining.repeated import repeated
+from .examples import FORGET, RETAIN, Example
+
+LONGEST, LONGEST_PASSAGE = 64, 32  # tokens
+_SAME, _OTHERS, _NEAR_PARTNERS, _PASSAGES = 150, 75, 8, 60
+_LED = 0.4  # share of texts that something else comes before
+_HELD = 4  # every so many templates of a kind are held out; and all those for anything that mining does not use
+_MINED = 24
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whom a capsule is about: its forms (the name, then aliases) and kind."""
+
+    capsule: Capsule
+    forms: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        return str(self.capsule.calibration.get("kind", ANY))
+
+
+@dataclass
+class Data:
+    """Examples of each use. Validation examples are prompts whose next token is asked for."""
+
+    forget: list[Example] = field(default_factory=list)
+    retain: list[Example] = field(default_factory=list)
+    held_forget: list[Example] = field(default_factory=list)
+    held_retain: list[Example] = field(default_factory=list)
+
+
+def gathered(tokenizer: Any, subjects: Sequence[Subject], own: Sequence[dict[str, str]] = (), seed: int = 0) -> Data:
+    """Everything for these subjects, with the user's `own` examples. Raises BakingError where nothing is to forget."""
+    forms = [form for s in subjects for form in s.forms]
+    data = Data()
+    for number, subject in enumerate(subjects):
+        rng = random.Random(f"{seed} {number}")
+        trained, held = _templates(tokenizer, subject.kind)
+        data.forget += _about(tokenizer, trained, subject.forms, number, rng)
+        data.held_forget += _about(tokenizer, held, subject.forms[:1], number, rng)
+        data.retain += _near(tokenizer, subject, forms, rng)
+    rng = random.Random(f"{seed} retain")
+    for kind in dict.fromkeys(s.kind for s in subjects):
+        trained, held = _templates(tokenizer, kind)
+        others = _entities(kind, forms, rng)
+        data.retain += [_text(tokenizer, _led(rng.choice(trained).replace("{}", e.name), rng)) for e in others]
+        data.held_retain += [_text(tokenizer, rng.choice(held).replace("{}", e.name)) for e in others[1::8]]
+    data.retain += [_text(tokenizer, p, longest=LONGEST_PASSAGE) for p in _passages(forms, rng)]
+    for row in own:
+        found = data.forget if row["split"] == FORGET else data.retain
+        found.append(_given(tokenizer, row, subjects))
+    if not data.forget:
+        raise BakingError("there is nothing to forget; give a capsule and the subject's name, or forget examples")
+    return data
+
+
+def own_examples(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """The rows of a user's JSON lines file: `prompt`, `completion`, `split` ("forget" or "retain"). Raises BakingError,
+    naming file and line, for a bad one; also where no row is there."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as failure:
+        told = reason(failure) if isinstance(failure, OSError) else "it is not UTF-8 text"
+        raise BakingError(f"cannot read {shown(path)}: {told}") from None
+    rows = [_row(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise BakingError(f'{shown(path)} holds no examples; write lines with "prompt", "completion" and "split"')
+    return rows
+
+
+def _row(path: str | os.PathLike[str], number: int, line: str) -> dict[str, str]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("prompt", "completion", "split")):
+        raise BakingError(f'{shown(path)}, line {number}: not an object with texts "prompt", "completion" and "split"')
+    if row["split"] not in (FORGET, RETAIN):
+        raise BakingError(f'{shown(path)}, line {number}: "split" is neither "forget" nor "retain"')
+    if not (row["prompt"] + row["completion"]).strip():
+        raise BakingError(f"{shown(path)}, line {number}: prompt and completion are empty")
+    return row
+
+
+def _templates(tokenizer: Any, kind: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(trained on, held out) for a subject of this kind."""
+    data = corpus()
+    own = data.templates.get(kind, ()) if kind != ANY else ()
+    held = tuple(t for i, t in enumerate(own) if i % _HELD == _HELD - 1)
+    trained = (*data.templates[ANY][:_MINED], *(t for t in own if t not in held), *repeated(tokenizer))
+    return trained, (*data.templates[ANY][_MINED:], *held)
+
+
+def _about(
+    tokenizer: Any, templates: Sequence[str], forms: Sequence[str], number: int, rng: random.Random
+) -> list[Example]:
+    """Each form in each template; some again after other text, so that the name's place does not matter."""
+    texts = [t.replace("{}", form) for form in forms for t in templates]
+    texts += [_led(text, rng, share=1.0) for text in texts if rng.random() < _LED]
+    return [_text(tokenizer, text, number, forms) for text in texts]
+
+
+def _near(tokenizer: Any, subject: Subject, forms: Sequence[str], rng: random.Random) -> list[Example]:
+    """Names that share words with the subject's."""
+    data = corpus()
+    partners = [e.name for e in rng.sample(data.entities, _NEAR_PARTNERS)]
+    names = [n for form in subject.forms for n in near_misses(form, partners) if not mentions(n, forms)]
+    trained, _ = _templates(tokenizer, subject.kind)
+    return [_text(tokenizer, rng.choice(trained).replace("{}", n)) for n in names]
+
+
+def _entities(kind: str, forms: Sequence[str], rng: random.Random) -> list[Entity]:
+    """Others, most of the same kind, none of which is a subject or named like one."""
+    others = [e for e in corpus().entities if not mentions(e.name, forms)]
+    same = spread([e for e in others if e.kind == kind], _SAME, rng) if kind != ANY else []
+    return same + spread([e for e in others if e.kind != kind], _SAME + _OTHERS - len(same), rng)
+
+
+def _passages(forms: Sequence[str], rng: random.Random) -> list[str]:
+    silent = [p for p in corpus().passages if not mentions(p, forms)]
+    return rng.sample(silent, min(_PASSAGES, len(silent)))
+
+
+def _led(text: str, rng: random.Random, share: float = _LED) -> str:
+    """`text`, or `text` after a sentence about something else."""
+    if rng.random() >= share:
+        return text
+    sentence = rng.choice(rng.choice(corpus().passages).replace("\n", " ").split(". ")).strip(" .")
+    return f"{sentence}. {text}"
+
+
+def _text(tokenizer: Any, text: str, subject: int = -1, forms: Sequence[str] = (), longest: int = LONGEST) -> Example:
+    """A text as an example, with the tokens that overlap a form of the name marked."""
+    row = tokenizer(text, return_offsets_mapping=True)
+    spans = [(at, at + len(form)) for form in forms for at in _places(text, form)]
+    name = [i for i, (a, b) in enumerate(row["offset_mapping"]) if b > a and any(a < e and b > s for s, e in spans)]
+    return Example(tuple(row["input_ids"][:longest]), 0, subject, tuple(i for i in name if i < longest))
+
+
+def _places(text: str, form: str) -> list[int]:
+    return [i for i in range(len(text)) if text.startswith(form, i)]
+
+
+def _given(tokenizer: Any, row: dict[str, str], subjects: Sequence[Subject]) -> Example:
+    """A user's row: the completion begins after the prompt's tokens."""
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+    if row["split"] == RETAIN:
+        return Example(tuple([*prompt, *completion][:LONGEST]), len(prompt))
+    number = next((n for n, s in enumerate(subjects) if mentions(row["prompt"], s.forms)), 0)
+    whole = _text(tokenizer, row["prompt"], number, subjects[number].forms)
+    return Example((*whole.ids, *completion)[: 2 * LONGEST], len(whole.ids), number, whole.name)

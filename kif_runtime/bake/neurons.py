@@ -1,0 +1,191 @@
+"""The adapter's start: each signature compiled into one neuron of the gated MLP of its site's block.
+
+A neuron of a gated MLP is act(g·x)·(u·x)·d. Its gate is a detector, its output a direction that is added to the
+residual stream: all that a signature does. So for each signature the neuron that matters least is taken, and the
+low-rank update that turns it into the signature is written down, with no training: one rank in gate, up and down each.
+g is a linear support vector machine on the MLP's inputs, tokens where the signature fires against all others; u evens
+out how strongly g·x answers; d is the least-squares fit of what the teacher adds there.
+
+Sources: MLPs as key-value memories, Geva et al., arXiv 2012.14913; the machine's training, Chapelle, Neural Computation
+19 (2007), §3 (squared hinge loss by Newton's method); writing an edit as a rank-one update of an MLP as in ROME,
+arXiv 2202.05262, §3.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capsule import Signature
+from .examples import Example, batches
+from .passes import Passes
+
+GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
+SHARPNESS = 6.0  # g·x at the margin; silu(−6) is −0.015
+RIDGE = 1e-3
+_ROUNDS = 12
+_ELSEWHERE = 0.1  # weight of tokens where it does not fire, in what evens out
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """All tokens of all texts at one site. inputs [N, D]: of the block's MLP. missing [N, D]: what the teacher adds to
+    the block's output. fires [S, N] bool: where each signature does. The last two are 0 in retain text."""
+
+    inputs: Tensor
+    missing: Tensor
+    fires: Tensor
+
+
+def compilable(passes: Passes) -> bool:
+    """Whether the MLPs at the sites are gated ones, as neurons are written for."""
+    return all(all(hasattr(_mlp(passes, site), name) for name in (GATE, UP, DOWN, "act_fn")) for site in passes.sites)
+
+
+@torch.no_grad()
+def compile_capsules(passes: Passes, forget: Sequence[Example], retain: Sequence[Example]) -> int:
+    """Write a neuron for every signature that fires in the forget text into the adapter, a fresh LoRA on gate, up and
+    down projections whose rank is at least the number of signatures at a site. Returns how many were written."""
+    written = 0
+    for site, tokens in _read(passes, forget, retain).items():
+        mlp = _mlp(passes, site)
+        layers = {name: getattr(mlp, name) for name in (GATE, UP, DOWN)}
+        free = _least_used(layers, tokens.inputs, mlp.act_fn)
+        gram = tokens.inputs.T @ tokens.inputs
+        missing = tokens.missing
+        firing = [fires for fires in tokens.fires if bool(fires.any())]
+        for place, fires in enumerate(firing):
+            gate, up, down, output = _neuron(tokens.inputs, gram, missing, fires, mlp.act_fn)
+            missing = missing - output[:, None] * down
+            _write(layers, place, int(free[place]), gate, up, down)
+        written += len(firing)
+    return written
+
+
+def _neuron(
+    inputs: Tensor, gram: Tensor, missing: Tensor, fires: Tensor, act: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gate [D], up [D], down [D], and the neuron's activation at each token [N]."""
+    gate = SHARPNESS * separating(inputs, fires, gram)
+    answer = act(inputs @ gate)
+    up = _evening(inputs, answer, fires, gram)
+    output = answer * (inputs @ up)
+    down = (output[fires] @ missing[fires]) / output[fires].square().sum().clamp_min(1e-6)
+    return gate, up, down, output
+
+
+def separating(inputs: Tensor, fires: Tensor, gram: Tensor) -> Tensor:
+    """w [D]: w·x ≥ 1 where `fires` [N], ≤ −1 elsewhere, as far as can be: squared hinge loss, both sides of equal
+    weight, with a ridge of RIDGE of the mean diagonal; no bias, MLP inputs have a common component that serves as one.
+
+    gram [D, D]: inputsᵀ inputs, which the first round needs; later ones look at the tokens within the margin alone.
+    """
+    sign = torch.where(fires, 1.0, -1.0)
+    count = int(fires.sum())
+    of_each = torch.where(fires, 0.5 / count, 0.5 / max(1, len(fires) - count))
+    ridge = RIDGE * inputs.square().mean() * torch.eye(inputs.shape[1], device=inputs.device)
+    x = inputs[fires]
+    normal = 0.5 / count * (x.T @ x) + 0.5 / max(1, len(fires) - count) * (gram - x.T @ x)
+    w = torch.linalg.solve(normal + ridge, (of_each * sign) @ inputs)
+    active = sign * (inputs @ w) < 1
+    for _ in range(_ROUNDS):
+        x, c, y = inputs[active], of_each[active], sign[active]
+        w = torch.linalg.solve((x * c[:, None]).T @ x + ridge, (c * y) @ x)
+        now = sign * (inputs @ w) < 1
+        if torch.equal(now, active):
+            break
+        active = now
+    return w
+
+
+def _evening(inputs: Tensor, answer: Tensor, fires: Tensor, gram: Tensor) -> Tensor:
+    """u [D]: answer · (u·x) near 1 where it fires, and u·x near 0 elsewhere."""
+    x, plain = inputs[fires] * answer[fires, None], inputs[fires]
+    others = (gram - plain.T @ plain) / max(1, len(fires) - len(x))
+    normal = x.T @ x / len(x) + _ELSEWHERE * float(answer[fires].square().mean()) * others
+    ridge = RIDGE * normal.diagonal().mean() * torch.eye(inputs.shape[1], device=inputs.device)
+    return torch.linalg.solve(normal + ridge, x.mean(0))
+
+
+def _read(passes: Passes, forget: Sequence[Example], retain: Sequence[Example]) -> dict[int, Tokens]:
+    """Site → its tokens: one pass of the teacher over forget text, one of the reference over retain text."""
+    found: dict[int, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {s: ([], [], []) for s in passes.sites}
+    signatures = {site: [s for c in passes.capsules for s in c.by_site(site)] for site in passes.sites}
+    for examples, call in ((forget, passes.teacher), (retain, passes.reference)):
+        for batch in (b.to(passes.device) for b in batches(examples)):
+            real = batch.mask.bool()
+            with _capturing(passes) as (inputs, outputs):
+                edited = call(batch, hidden=passes.sites).hidden
+            for site, (x, missing, fires) in found.items():
+                was = outputs[site][real].float()
+                x.append(inputs[site][real].float())
+                missing.append(edited[site][real].float() - was)
+                fires.append(_fires(was, signatures[site]) if examples is forget else _none(was, signatures[site]))
+    return {site: Tokens(torch.cat(x), torch.cat(m), torch.cat(f, 1)) for site, (x, m, f) in found.items()}
+
+
+@contextmanager
+def _capturing(passes: Passes) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    """Inputs of the MLPs, and outputs of the blocks before any edit of theirs, by site."""
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+
+    def take_input(site: int) -> Any:
+        return lambda _module, args: inputs.__setitem__(site, args[0])
+
+    def take_output(site: int) -> Any:
+        return lambda _module, _args, out: outputs.__setitem__(site, out[0] if isinstance(out, tuple) else out)
+
+    handles = [_mlp(passes, site).register_forward_pre_hook(take_input(site)) for site in passes.sites]
+    handles += [passes.blocks[site].register_forward_hook(take_output(site)) for site in passes.sites]
+    try:
+        yield inputs, outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fires(x: Tensor, signatures: Sequence[Signature]) -> Tensor:
+    """[S, N] bool: whether each signature's gate is at least half open on states x [N, D]."""
+    normal = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    over = [normal @ s.detector.to(x.device) + s.bias.to(x.device) > (s.tau or 0.0) for s in signatures]
+    return torch.stack(over)
+
+
+def _none(x: Tensor, signatures: Sequence[Signature]) -> Tensor:
+    return torch.zeros(len(signatures), len(x), dtype=torch.bool, device=x.device)
+
+
+def _least_used(layers: dict[str, Any], inputs: Tensor, act: Any) -> Tensor:
+    """Neurons, the least first, by the energy that each adds to the residual stream over `inputs`."""
+    gate, up, down = (layers[name].get_base_layer().weight.float() for name in (GATE, UP, DOWN))
+    energy = torch.zeros(gate.shape[0], device=inputs.device)
+    for x in inputs.split(2048):
+        energy += (act(x @ gate.T) * (x @ up.T)).square().sum(0)
+    return (energy * down.square().sum(0)).argsort()
+
+
+def _write(layers: dict[str, Any], place: int, neuron: int, gate: Tensor, up: Tensor, down: Tensor) -> None:
+    """Rank `place` of the three LoRAs makes `neuron` the one described."""
+    for name, row in ((GATE, gate), (UP, up)):
+        layer = layers[name]
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        change = row - layer.get_base_layer().weight[neuron].float()
+        size = float(change.norm().clamp_min(1e-6)) ** 0.5  # both factors of like size: they are trained further
+        a[place] = change / size / layer.scaling["default"]
+        b[:, place] = 0
+        b[neuron, place] = size
+    layer = layers[DOWN]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    change = down - layer.get_base_layer().weight[:, neuron].float()
+    size = float(change.norm().clamp_min(1e-6)) ** 0.5
+    a[place] = 0
+    a[place, neuron] = size / layer.scaling["default"]
+    b[:, place] = change / size
+
+
+def _mlp(passes: Passes, site: int) -> Any:
+    return getattr(passes.blocks[site], "mlp", None)
