@@ -14,6 +14,7 @@ from kif_runtime.bake.passes import Passes
 WIDTH, BLOCKS, SITE = 32, 4, 1
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAME = (20, 21)  # the tokens of the subject's name
+REFUSAL = (50, 60, 70)
 
 
 def capsule(model) -> Capsule:
@@ -40,7 +41,7 @@ def examples(count: int, forget: bool, seed: int) -> list[Example]:
     for number in range(count):
         prompt = (3, *drawn(1), *NAME) if forget else (3, *drawn(3))
         ids = prompt + drawn(2 + number % 3)
-        other = prompt + drawn(3) if forget else None
+        other = prompt + REFUSAL if forget else None
         made.append(Example(ids, len(prompt), 0 if forget else -1, (2, 3) if forget else (), other))
     return made
 
@@ -48,7 +49,7 @@ def examples(count: int, forget: bool, seed: int) -> list[Example]:
 class Workshop:
     """What the trainer does, in its plainest form."""
 
-    def __init__(self, model, objective: Objective, learning_rate: float = 1e-2) -> None:
+    def __init__(self, model, objective: Objective, learning_rate: float = 1e-2, tokenizer=None) -> None:
         found = capsule(model)
         proposed = objective.settings(SITE, BLOCKS)
         settings = replace(proposed, rank=min(proposed.rank, 8))
@@ -64,7 +65,9 @@ class Workshop:
         self.adapter = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         layers = {n: m for n, m in self.model.named_modules() if hasattr(m, "lora_A")}
         generator = torch.Generator().manual_seed(0)
-        objective.prepare(Setup(self.passes, None, self.forget, self.retain, settings, generator, self.adapter, layers))
+        objective.prepare(
+            Setup(self.passes, tokenizer, self.forget, self.retain, settings, generator, self.adapter, layers)
+        )
         self.optimiser = torch.optim.AdamW(self.adapter.values(), lr=learning_rate)
 
     def step(self, number: int, rows: slice = slice(None)) -> Step:
