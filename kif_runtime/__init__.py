@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bake import bake
     from .bank import CapsuleBank
     from .capsule import Capsule, Signature
     from .errors import BakingError, BankError, CapsuleError, KifError, MiningError, ModelError, RequestError
@@ -22,7 +21,6 @@ _HOME = {
     "CapsuleBank": ".bank",
     "load_model": ".models",
     "mine": ".mining",
-    "bake": ".bake",
     "KifError": ".errors",
     "BakingError": ".errors",
     "CapsuleError": ".errors",
@@ -43,7 +41,6 @@ __all__ = [
     "ModelError",
     "RequestError",
     "Signature",
-    "bake",
     "load_model",
     "mine",
 ]

@@ -1,28 +1,34 @@
 """The LoRA that is trained: where it goes, its parameters, and what may be wrong with it."""
 
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks import decoder_blocks, unwrapped
-from ..errors import BakingError, ModelError, one_line
-from ..files import shown
+from ..errors import BakingError
 from .settings import ALL, ATTENTION, MLP, Settings
 
 _ATTENTION = re.compile(r"(^|\.)\w*att(n|ention)\w*\.")
 
 
-def with_adapter(model: Any, settings: Settings, seed: int) -> Any:
-    """`model` in a PEFT wrapper with a fresh LoRA that changes nothing yet; only the LoRA's parameters are trained.
+@contextmanager
+def adapted(model: Any, settings: Settings, seed: int) -> Iterator[Any]:
+    """`model` in a PEFT wrapper with a fresh LoRA that changes nothing yet, in eval mode; only the LoRA is trained.
+
+    Afterwards the model is without it, as it was.
 
     Raises BakingError where the rank is over a projection's width, or nothing is called what `settings.targets` says.
     """
     from peft import LoraConfig, get_peft_model
 
+    if hasattr(model, "peft_config"):
+        raise BakingError(
+            "the model has an adapter on already; bake on the plain model, with continue_from for its own"
+        )
     names, pattern = _targets(model, settings)
     count = len(decoder_blocks(model))
     blocks = min(settings.blocks or count, count)
@@ -30,19 +36,17 @@ def with_adapter(model: Any, settings: Settings, seed: int) -> Any:
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, target_modules=names, task_type="CAUSAL_LM", **options
     )
+    training, trained = model.training, {n: p.requires_grad for n, p in model.named_parameters()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
-
-
-def continued(model: Any, folder: str | os.PathLike[str]) -> Any:
-    """`model` with the adapter in `folder` on, to be trained further."""
-    from peft import PeftModel
-
+        wrapped = get_peft_model(model, config)
     try:
-        return PeftModel.from_pretrained(model, os.fspath(folder), is_trainable=True)
-    except Exception as failure:  # an adapter of another model fails in many ways
-        raise ModelError(f"cannot use the adapter in {shown(folder)}: {one_line(failure, 300)}") from failure
+        yield wrapped.eval()
+    finally:
+        wrapped.unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        model.train(training)
 
 
 def parameters(model: Any) -> dict[str, nn.Parameter]:

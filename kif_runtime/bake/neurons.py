@@ -11,7 +11,7 @@ Sources: MLPs as key-value memories, Geva et al., arXiv 2012.14913; the machine'
 arXiv 2202.05262, §3.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..blocks import unwrapped
 from ..capsule import Signature
 from .examples import Example, batches
 from .passes import Passes
@@ -27,6 +28,7 @@ GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 SHARPNESS = 6.0  # g·x at the margin; silu(−6) is −0.015
 RIDGE = 1e-3
 _ROUNDS = 12
+_OTHER = 0.5  # a gate row that changed by this share of its length is another neuron's
 _ELSEWHERE = 0.1  # weight of tokens where it does not fire, in what evens out
 
 
@@ -46,14 +48,19 @@ def compilable(passes: Passes) -> bool:
 
 
 @torch.no_grad()
-def compile_capsules(passes: Passes, forget: Sequence[Example], retain: Sequence[Example]) -> int:
+def compile_capsules(
+    passes: Passes, forget: Sequence[Example], retain: Sequence[Example], taken: Mapping[int, Tensor] | None = None
+) -> int:
     """Write a neuron for every signature that fires in the forget text into the adapter, a fresh LoRA on gate, up and
-    down projections whose rank is at least the number of signatures at a site. Returns how many were written."""
+    down projections whose rank is at least the number of signatures at a site. Returns how many were written.
+
+    taken: site → which neurons [F] an earlier adapter has made signatures of; those stay.
+    """
     written = 0
     for site, tokens in _read(passes, forget, retain).items():
         mlp = _mlp(passes, site)
         layers = {name: getattr(mlp, name) for name in (GATE, UP, DOWN)}
-        free = _least_used(layers, tokens.inputs, mlp.act_fn)
+        free = _least_used(layers, tokens.inputs, mlp.act_fn, (taken or {}).get(site))
         gram = tokens.inputs.T @ tokens.inputs
         missing = tokens.missing
         firing = [fires for fires in tokens.fires if bool(fires.any())]
@@ -159,13 +166,27 @@ def _none(x: Tensor, signatures: Sequence[Signature]) -> Tensor:
     return torch.zeros(len(signatures), len(x), dtype=torch.bool, device=x.device)
 
 
-def _least_used(layers: dict[str, Any], inputs: Tensor, act: Any) -> Tensor:
+def taken(passes: Passes, change: Callable[[str], Tensor | None]) -> dict[int, Tensor]:
+    """Site → which neurons [F] have become others by an earlier adapter. change: module path → what it adds there."""
+    found = {}
+    modules = {id(m): path for path, m in unwrapped(passes.model).named_modules()}
+    for site in passes.sites:
+        layer = getattr(_mlp(passes, site), GATE)
+        added = change(modules[id(layer)])
+        if added is not None:
+            row = layer.get_base_layer().weight.norm(dim=1)
+            found[site] = added.to(row.device).norm(dim=1) > _OTHER * row
+    return found
+
+
+def _least_used(layers: dict[str, Any], inputs: Tensor, act: Any, taken: Tensor | None) -> Tensor:
     """Neurons, the least first, by the energy that each adds to the residual stream over `inputs`."""
     gate, up, down = (layers[name].get_base_layer().weight.float() for name in (GATE, UP, DOWN))
     energy = torch.zeros(gate.shape[0], device=inputs.device)
     for x in inputs.split(2048):
         energy += (act(x @ gate.T) * (x @ up.T)).square().sum(0)
-    return (energy * down.square().sum(0)).argsort()
+    energy = energy * down.square().sum(0)
+    return (energy if taken is None else energy.masked_fill(taken, torch.inf)).argsort()
 
 
 def _write(layers: dict[str, Any], place: int, neuron: int, gate: Tensor, up: Tensor, down: Tensor) -> None:

@@ -43,6 +43,7 @@ class Passes:
         self.width = width(model)
         self.device = next(self.blocks.parameters()).device
         self.capsules = tuple(sorted(capsules, key=lambda c: c.id.encode()))
+        self._disturbing: dict[int, Edit] = {}
         self._sites = {site: packed(found, self.device) for site, found in _by_site(self.capsules).items()}
 
     @property
@@ -54,7 +55,7 @@ class Passes:
         self, batch: Batch, *, hidden: Sequence[int] = (), logits: bool = False, edits: Mapping[int, Edit] | None = None
     ) -> Output:
         """With the adapter on, recording gradients. edits: block → what its output is replaced by."""
-        return self._run(batch, hidden, logits, dict(edits or {}))
+        return self._run(batch, hidden, logits, self._disturbing | dict(edits or {}))
 
     @torch.no_grad()
     def reference(
@@ -73,6 +74,21 @@ class Passes:
     def suppression(self) -> dict[int, Edit]:
         """The capsules' work as edits, site → edit."""
         return {site: self._suppressed(site) for site in self._sites}
+
+    @contextmanager
+    def editing(self, edits: Mapping[int, Edit]) -> Iterator[None]:
+        """Inside, blocks' outputs are replaced in whatever runs, `generate` among it. edits: block → edit."""
+        with self._watching({}, (), dict(edits), None):
+            yield
+
+    @contextmanager
+    def disturbing(self, edits: Mapping[int, Edit]) -> Iterator[None]:
+        """Inside, the student's blocks' outputs are replaced, and nobody else's."""
+        self._disturbing = dict(edits)
+        try:
+            yield
+        finally:
+            self._disturbing = {}
 
     def without_adapter(self) -> Any:
         """A context in which the adapter is off."""

@@ -1,7 +1,7 @@
 """The training loop: draws rows, averages gradients over parts and processes, checks, logs, stops.
 
-A step's rows are split over processes, and there over parts that fit into memory. As an objective's terms are means over
-rows, the average of the parts' gradients is the step's gradient, however it was split.
+A step's rows are split over processes, and there over parts that fit into memory. As an objective's terms are means
+over rows, the average of the parts' gradients is the step's gradient, however it was split.
 """
 
 import json
@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,9 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         for part in range(self.parts):
             step = self.last_part = self._rows(number, self.processes.index * self.parts + part, shares)
-            terms = self._losses(step)
-            torch.stack([*terms.values()]).sum().div(shares).backward()
+            with self._attacked(step):
+                terms = self.objective.loss(step)
+                torch.stack([*terms.values()]).sum().div(shares).backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / shares
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.adapter.values()]
@@ -147,11 +149,8 @@ class Trainer:
             parameter.grad = grad
         return dict(zip(sums, self.processes.sum(list(sums.values())), strict=True))
 
-    def _losses(self, step: Step) -> dict[str, Tensor]:
-        if not self.pressure:
-            return self.objective.loss(step)
-        with self.pressure[step.number % len(self.pressure)](step):
-            return self.objective.loss(step)
+    def _attacked(self, step: Step) -> Any:
+        return self.pressure[step.number % len(self.pressure)](step) if self.pressure else nullcontext()
 
     def _rows(self, number: int, share: int, shares: int) -> Step:
         """The step as share `share` of `shares` sees it."""

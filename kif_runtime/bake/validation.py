@@ -1,7 +1,7 @@
-"""How far a baking has come, on held-out prompts: 0 is the goal of both ratios, forget is 1 where nothing was forgotten.
+"""How far a baking has come, on held-out prompts: 0 is the goal of both ratios, and forget is 1 at the start.
 
-`answers` compares next-token distributions and so speaks for any objective; `states` compares hidden states at one block
-and costs only the blocks up to it.
+`answers` compares next-token distributions and so speaks for any objective; `states` compares hidden states at one
+block and costs only the blocks up to it.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,6 @@
 """What an objective is, and what the trainer gives it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,8 @@ class Setup:
     adapter: Mapping[str, nn.Parameter]
     layers: Mapping[str, Any] = field(default_factory=dict)
     """Module path → peft LoRA layer: `lora_A["default"]`, `lora_B["default"]`, `get_base_layer()`, `scaling`."""
+    earlier: Callable[[str], Tensor | None] = lambda module: None
+    """Module path in the plain model → what an earlier adapter, which this one goes on from, adds to its weight."""
 
 
 class Objective:
@@ -77,6 +79,9 @@ class Objective:
     name: str
     alternatives: str | None = None
     completions: bool = True
+    validated_at: str = "answers"
+    """What early stopping looks at: "answers" (next-token distributions, all blocks run) or "states" (at the last
+    site)."""
 
     def settings(self, last_site: int, blocks: int) -> Settings:
         """Defaults for a model of so many blocks whose capsules' last site is `last_site`."""

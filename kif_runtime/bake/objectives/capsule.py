@@ -4,9 +4,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..settings import Settings
+from ..neurons import compilable, compile_capsules, taken
+from ..settings import MLP, Settings
 from ..validation import distances
-from .base import Objective, Step
+from .base import Objective, Setup, Step
 
 
 class CapsuleObjective(Objective):
@@ -19,17 +20,28 @@ class CapsuleObjective(Objective):
 
     averaged over the matched blocks. Only the blocks up to the last matched one run; there is no vocabulary head.
 
-    beyond: how many blocks after the last site are matched too. retain: λ.
+    beyond: how many blocks after the last site are matched too. retain: λ. start: whether training starts from neurons
+    (see `neurons.py`) or from an adapter that does nothing.
     """
 
     name = "capsule"
     completions = False
+    validated_at = "states"
 
-    def __init__(self, beyond: int = 0, retain: float = 4.0) -> None:
-        self.beyond, self.retain = beyond, retain
+    def __init__(self, beyond: int = 0, retain: float = 4.0, start: bool = True) -> None:
+        self.beyond, self.retain, self.start = beyond, retain, start
+        self._neurons = 0
 
     def settings(self, last_site: int, blocks: int) -> Settings:
-        return Settings(blocks=last_site + 1, rank=8, alpha=16.0, learning_rate=2e-3, retain_rows=16)
+        return Settings(blocks=last_site + 1, targets=(MLP,), retain_rows=16)
+
+    def prepare(self, setup: Setup) -> None:
+        """Start from neurons that do the signatures' work, where the model's MLPs are gated."""
+        self._neurons = 0
+        if self.start and compilable(setup.passes):
+            self._neurons = compile_capsules(
+                setup.passes, setup.forget, setup.retain, taken(setup.passes, setup.earlier)
+            )
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         last = step.passes.sites[-1]
@@ -46,4 +58,4 @@ class CapsuleObjective(Objective):
         return {"forget": forget, "retain": self.retain * retain}
 
     def report(self) -> dict[str, Any]:
-        return {"beyond": self.beyond, "retain": self.retain}
+        return {"beyond": self.beyond, "retain": self.retain, "start": self.start}

@@ -1,0 +1,227 @@
+"""`bake`: from capsules to a PEFT adapter."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..blocks import decoder_blocks, unwrapped
+from ..capsule import Capsule
+from ..errors import BakingError
+from ..fingerprint import fingerprint
+from ..mining.subject import checked_forms
+from . import adapter as adapters
+from . import output, validation
+from .completions import completed
+from .continuing import Earlier, added, joined
+from .data import Data, Subject, gathered
+from .durability import pressures
+from .objectives import DEFAULT, Objective, Setup, objective
+from .order import seeded
+from .passes import Passes
+from .processes import Processes
+from .settings import Settings
+from .trainer import Outcome, Progress, Trainer
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What was written. folder: where. ratios: `validation.answers` of the adapter alone. provenance: `kif.json`."""
+
+    folder: Path
+    ratios: dict[str, float]
+    seconds: float
+    nbytes: int
+    provenance: dict[str, Any]
+
+
+def bake(
+    model: Any, tokenizer: Any, capsules: Sequence[Capsule], out: str | os.PathLike[str], *,
+    names: Mapping[str, Sequence[str]] | None = None, examples: Sequence[dict[str, str]] = (),
+    objective: str | Objective = DEFAULT, options: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None, durability: Sequence[str] = (), seed: int = 0,
+    continue_from: str | os.PathLike[str] | None = None, merge: bool = False, accelerator: Any = None,
+    progress: Progress | None = None,
+) -> Baked:  # fmt: skip
+    """Train a LoRA that forgets what `capsules` suppress, and write it to the folder `out`.
+
+    names: capsule id → the subject's name and aliases, for capsules that store none. examples: rows of `own_examples`.
+    objective: by name, with `options`, or made. settings: fields of `Settings` to change. durability: names in
+    `durability.PRESSURES`. continue_from: an earlier adapter, which stays part of the new one. merge: also write the
+    whole model with the adapter in its weights, to `out`/merged. accelerator: accelerate's, when several processes
+    train together.
+
+    `model` is left as it was. Called again with the same arguments after it was killed, it goes on where it stopped
+    and ends with the same adapter. Raises BakingError for what cannot be baked, CapsuleError for a capsule of another
+    model.
+    """
+    begun = time.perf_counter()
+    folder, processes = Path(out), Processes(accelerator)
+    chosen = _objective(objective, options)
+    subjects = _subjects(capsules, names or {})
+    digest = fingerprint(model)
+    for capsule in capsules:
+        capsule.check_model(digest)
+    if processes.is_main:
+        output.check_folder(folder)
+    processes.wait()
+    earlier = Earlier(continue_from) if continue_from is not None else None
+    wanted = _settings(chosen, capsules, len(decoder_blocks(model)), settings or {})
+    run = _run(digest, subjects, examples, chosen, wanted, durability, seed, continue_from)
+    with ExitStack() as stack:
+        if earlier is not None:
+            stack.enter_context(added(unwrapped(model), earlier.factors))
+        wrapped = stack.enter_context(adapters.adapted(model, wanted, seed))
+        passes = Passes(wrapped, capsules)
+        data = gathered(tokenizer, subjects, examples, seed)
+        if chosen.completions:
+            data.forget = completed(passes, tokenizer, data.forget, chosen.alternatives, seed)
+        trainer = Trainer(
+            passes, chosen, data.forget, data.retain, wanted, adapters.parameters(wrapped), folder, run, seed,
+            processes, _validation(chosen, passes, data), pressures(durability, passes), progress,
+        )  # fmt: skip
+        chosen.prepare(_setup(passes, tokenizer, data, wanted, seed, earlier))
+        outcome = trainer.train()
+        ratios = validation.answers(passes, data.held_forget, data.held_retain)
+        factors = _factors(wrapped)
+    if earlier is not None:
+        factors = joined(earlier.factors, factors)
+    provenance = _provenance(capsules, digest, chosen, wanted, durability, seed, earlier, outcome, ratios, factors)
+    nbytes = 0
+    if processes.is_main:
+        nbytes = _write(folder, factors, model, tokenizer, provenance, merge)
+    processes.wait()
+    return Baked(folder, ratios, time.perf_counter() - begun, nbytes, provenance)
+
+
+def _objective(given: str | Objective, options: Mapping[str, Any] | None) -> Objective:
+    return given if isinstance(given, Objective) else objective(given, **(options or {}))
+
+
+def _subjects(capsules: Sequence[Capsule], names: Mapping[str, Sequence[str]]) -> list[Subject]:
+    """Who is meant by each capsule. Raises BakingError where no name is known: there would be nothing to train on."""
+    if not capsules:
+        raise BakingError("there is nothing to forget; give a capsule")
+    ids = [c.id for c in capsules]
+    if unknown := [id for id in names if id not in ids]:
+        raise BakingError(f"a name is given for {unknown[0]!r}, which is none of the capsules; check the id")
+    if len(set(ids)) < len(ids):
+        raise BakingError("two capsules have the same id; give each subject once")
+    subjects = []
+    for capsule in capsules:
+        forms = tuple(names.get(capsule.id) or ((capsule.name, *capsule.aliases) if capsule.name else ()))
+        if not forms:
+            raise BakingError(
+                f"capsule {capsule.id!r} holds no name, and texts that name the subject are what is baked from; "
+                "give it with --name, or mine with --with-name"
+            )
+        subjects.append(Subject(capsule, checked_forms(forms[0], forms[1:])))
+    return subjects
+
+
+def _settings(chosen: Objective, capsules: Sequence[Capsule], blocks: int, changes: Mapping[str, Any]) -> Settings:
+    """The objective's, with the user's changes; a rank not chosen by the user grows with the number of signatures."""
+    last = max(s.site for c in capsules for s in c.signatures)
+    proposed = chosen.settings(last, blocks)
+    if chosen.name == DEFAULT and "rank" not in changes:
+        rank = max(proposed.rank, *Counter(s.site for c in capsules for s in c.signatures).values())
+        proposed = dataclasses.replace(proposed, rank=rank, alpha=2.0 * rank)
+    known = {f.name for f in dataclasses.fields(Settings)}
+    if unknown := [name for name in changes if name not in known]:
+        raise BakingError(f"there is no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    made = dataclasses.replace(proposed, **changes)
+    if made.rank < 1 or made.steps < 0 or made.forget_rows < 1 or made.retain_rows < 1 or made.learning_rate <= 0:
+        raise BakingError("rank, rows and learning rate have to be over 0, and steps 0 or more; correct the settings")
+    return made
+
+
+def _run(*parts: Any) -> str:
+    """What tells this baking from another, so that a checkpoint is not taken for another's."""
+    digest, subjects, examples, chosen, settings, durability, seed, earlier = parts
+    told = {
+        "kif": __version__, "model": digest, "capsules": [s.capsule.digest for s in subjects],
+        "forms": [s.forms for s in subjects], "examples": list(examples), "objective": chosen.name,
+        "options": chosen.report(), "settings": dataclasses.asdict(settings), "durability": list(durability),
+        "seed": seed, "earlier": None if earlier is None else str(earlier),
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _setup(passes: Passes, tokenizer: Any, data: Data, settings: Settings, seed: int, earlier: Earlier | None) -> Setup:
+    model = passes.model
+    return Setup(
+        passes, tokenizer, data.forget, data.retain, settings, seeded(seed, "prepare"), adapters.parameters(model),
+        adapters.layers(model), earlier.change if earlier is not None else lambda module: None,
+    )  # fmt: skip
+
+
+def _validation(chosen: Objective, passes: Passes, data: Data) -> Any:
+    if chosen.validated_at == "states":
+        return lambda: validation.states(passes, data.held_forget, data.held_retain, passes.sites[-1])
+    return lambda: validation.answers(passes, data.held_forget, data.held_retain)
+
+
+def _factors(wrapped: Any) -> output.Factors:
+    """The trained LoRA by module path of the plain model, its scale in A."""
+    found = {}
+    for path, layer in adapters.layers(wrapped).items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        scaled = a.detach().float().cpu() * layer.scaling["default"]
+        found[path.removeprefix("base_model.model.")] = (scaled, b.detach().float().cpu().clone())
+    return found
+
+
+def _provenance(
+    capsules: Sequence[Capsule], digest: str, chosen: Objective, settings: Settings, durability: Sequence[str],
+    seed: int, earlier: Earlier | None, outcome: Outcome, ratios: Mapping[str, float], factors: output.Factors,
+) -> dict[str, Any]:  # fmt: skip
+    import accelerate
+    import peft
+    import transformers
+
+    return {
+        "schema": 1,
+        "kif": __version__,
+        "versions": {
+            "torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "model": digest,
+        "capsules": [c.digest for c in capsules],
+        "earlier": earlier.capsules if earlier is not None else [],
+        "objective": chosen.name,
+        "options": chosen.report(),
+        "settings": dataclasses.asdict(settings),
+        "durability": list(durability),
+        "seed": seed,
+        "steps": outcome.steps,
+        "best_step": outcome.best_step,
+        "stopped": outcome.stopped,
+        "ratios": dict(ratios),
+        "rank": next(iter(factors.values()))[0].shape[0],
+        "blocks": len({tuple(p for p in m.split(".") if p.isdigit()) for m in factors}),
+    }  # fmt: skip
+
+
+def _write(
+    folder: Path, factors: output.Factors, model: Any, tokenizer: Any, provenance: dict[str, Any], merge: bool
+) -> int:
+    targets = sorted({module.split(".")[-1] for module in factors})
+    base = str(getattr(unwrapped(model).config, "_name_or_path", "") or "")
+    nbytes = output.write_adapter(folder, factors, targets, base=base)
+    output.write_card(folder, provenance)
+    if merge:
+        output.write_merged(folder / output.MERGED, factors, unwrapped(model), tokenizer)
+    output.write_json(folder / output.PROVENANCE, provenance)  # last: it says that the folder is complete
+    output.finish(folder)
+    return nbytes
