@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..blocks import decoder_blocks, unwrapped
@@ -99,7 +100,7 @@ def bake(
     provenance = _provenance(capsules, digest, chosen, wanted, durability, seed, earlier, outcome, ratios, factors)
     nbytes = 0
     if processes.is_main:
-        nbytes = _write(folder, factors, model, tokenizer, provenance, merge)
+        nbytes = _write(folder, factors, model, tokenizer, provenance, merge, chosen.token_rows())
     processes.wait()
     return Baked(folder, ratios, time.perf_counter() - begun, nbytes, provenance)
 
@@ -166,6 +167,8 @@ def _setup(passes: Passes, tokenizer: Any, data: Data, settings: Settings, seed:
 
 
 def _validation(chosen: Objective, passes: Passes, data: Data) -> Any:
+    if chosen.validated_at is None:
+        return None
     if chosen.validated_at == "states":
         return lambda: validation.states(passes, data.held_forget, data.held_retain, passes.sites[-1])
     return lambda: validation.answers(passes, data.held_forget, data.held_retain)
@@ -214,14 +217,17 @@ def _provenance(
 
 
 def _write(
-    folder: Path, factors: output.Factors, model: Any, tokenizer: Any, provenance: dict[str, Any], merge: bool
-) -> int:
+    folder: Path, factors: output.Factors, model: Any, tokenizer: Any, provenance: dict[str, Any], merge: bool,
+    rows: Mapping[int, Tensor],
+) -> int:  # fmt: skip
     targets = sorted({module.split(".")[-1] for module in factors})
     base = str(getattr(unwrapped(model).config, "_name_or_path", "") or "")
-    nbytes = output.write_adapter(folder, factors, targets, base=base)
+    plain = unwrapped(model)
+    embeddings = next(path for path, module in plain.named_modules() if module is plain.get_input_embeddings())
+    nbytes = output.write_adapter(folder, factors, targets, base=base, rows=rows, embeddings=embeddings)
     output.write_card(folder, provenance)
     if merge:
-        output.write_merged(folder / output.MERGED, factors, unwrapped(model), tokenizer)
+        output.write_merged(folder / output.MERGED, factors, plain, tokenizer, rows)
     output.write_json(folder / output.PROVENANCE, provenance)  # last: it says that the folder is complete
     output.finish(folder)
     return nbytes

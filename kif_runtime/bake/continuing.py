@@ -39,8 +39,8 @@ class Earlier:
             scale = float(config["lora_alpha"]) / int(config["r"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             raise BakingError(f"{shown(folder)} holds no LoRA adapter; give the folder that a baking wrote") from None
-        odd = config.get("use_dora") or config.get("use_rslora") or config.get("rank_pattern")
-        if config.get("peft_type") != "LORA" or odd or config.get("modules_to_save"):
+        odd = ("use_dora", "use_rslora", "rank_pattern", "modules_to_save", "trainable_token_indices")
+        if config.get("peft_type") != "LORA" or any(config.get(option) for option in odd):
             raise BakingError(f"the adapter in {shown(folder)} is no plain LoRA; give one that a baking wrote")
         self.capsules: list[str] = _digests(Path(folder))
         self.factors: Factors = {}

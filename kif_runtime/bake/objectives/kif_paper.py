@@ -33,6 +33,7 @@ class KifPaper(Objective):
     """alternatives: `teacher` or `refusal`, what y⁺ is. project: see above. The rest: β and the terms' weights."""
 
     name = "kif-paper"
+    validated_at = None
 
     def __init__(
         self,
@@ -47,7 +48,7 @@ class KifPaper(Objective):
         if alternatives not in ("teacher", "refusal"):
             raise BakingError(f"alternatives={alternatives!r} is not known to kif-paper; choose 'teacher' or 'refusal'")
         self.alternatives, self.project, self.beta = alternatives, project, beta
-        self.weights = {"unlikelihood": unlikelihood, "names": names, "anchors": anchors, "ewc": ewc}
+        self.unlikelihood, self.names, self.anchors, self.ewc = unlikelihood, names, anchors, ewc
         self._names: dict[int, frozenset[int]] = {}
         self._start: dict[str, Tensor] = {}
         self._fisher: dict[str, Tensor] = {}
@@ -67,14 +68,15 @@ class KifPaper(Objective):
         up, down = (_gain(step, b, own) for b, own in ((plus, chosen), (batch, rejected)))
         names = name_mask(batch.subject, self._names, rejected.shape[-1]).to(rejected.device)
         telling = differ(batch, plus)
-        rows = {
-            "dpo": telling * dpo(up, down, self.beta),
-            "unlikelihood": telling * unlikelihood(rejected, batch.ids, batch.completion),
-            "names": telling * name_unlikelihood(rejected, names, batch.completion),
-            "anchors": held_rows(step),
-            "ewc": ewc(step.adapter, self._start, self._fisher),
+        unlikely = unlikelihood(rejected, batch.ids, batch.completion)
+        unnamed = name_unlikelihood(rejected, names, batch.completion)
+        return {
+            "dpo": (telling * dpo(up, down, self.beta)).mean(),
+            "unlikelihood": self.unlikelihood * (telling * unlikely).mean(),
+            "names": self.names * (telling * unnamed).mean(),
+            "anchors": self.anchors * held_rows(step).mean(),
+            "ewc": self.ewc * ewc(step.adapter, self._start, self._fisher),
         }
-        return {name: self.weights.get(name, 1.0) * each.mean() for name, each in rows.items()}
 
 
 def _gain(step: Step, batch: Batch, own: Tensor) -> Tensor:

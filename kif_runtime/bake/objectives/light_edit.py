@@ -8,20 +8,24 @@ solves min ‖ΔW' P Kᵀ − Rᵀ‖² + λ‖ΔW' P‖² (AlphaEdit, arXiv 241
 Its rank is at most n, so it is a LoRA: B = Rᵀ(·)⁻¹, A = K P, exactly where n ≤ r and else the best of rank r.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from .tokens import wide
 
 
-def free_projector(retain: Tensor, share: float = 0.02) -> Tensor:
-    """P [in, in], float64: where the retain keys' second moment has eigenvalues below `share` of their mean.
+def free_projector(retain: Tensor, share: float = 0.02, least: float = 0.25) -> Tensor:
+    """P [in, in], float64: where the retain keys' second moment has eigenvalues below `share` of their mean, and at
+    least that share `least` of all dimensions where it is smallest.
 
     retain [M, in]: keys. AlphaEdit takes an absolute bound of 2e-2 there; norms differ too much for that.
     """
     keys = retain.double().cpu()
     values, vectors = torch.linalg.eigh(keys.T @ keys / len(keys))
-    free = vectors[:, values < share * values.mean()]
+    count = max(int((values < share * values.mean()).sum()), math.ceil(least * len(values)))
+    free = vectors[:, :count]
     return free @ free.T
 
 

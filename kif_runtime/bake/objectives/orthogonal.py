@@ -31,6 +31,7 @@ class Orthogonal(Objective):
     """strength: s. Every writer of every adapted block; one direction a capsule, so the rank bounds the capsules."""
 
     name = "orthogonal"
+    validated_at = None
     completions = False
 
     def __init__(self, strength: float = 1.0) -> None:

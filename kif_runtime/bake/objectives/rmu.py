@@ -27,6 +27,7 @@ class Rmu(Objective):
     """
 
     name = "rmu"
+    validated_at = None
     completions = False
 
     def __init__(self, share: float = 2.0, retain: float = 1200.0, depth: float = 0.22) -> None:

@@ -28,6 +28,7 @@ class Rna(Objective):
     def __init__(self, inner: Objective, share: float) -> None:
         self.inner, self.share = inner, share
         self.name, self.alternatives, self.completions = inner.name, inner.alternatives, inner.completions
+        self.validated_at = inner.validated_at
         self.deviation = 0.0
 
     def settings(self, last_site: int, blocks: int) -> Settings:
@@ -52,6 +53,9 @@ class Rna(Objective):
 
     def report(self) -> dict[str, Any]:
         return {**self.inner.report(), "rna": self.share, "rna_deviation": self.deviation}
+
+    def token_rows(self) -> dict[int, Tensor]:
+        return self.inner.token_rows()
 
 
 class Noisy(Passes):

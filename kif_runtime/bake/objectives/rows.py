@@ -20,6 +20,8 @@ class RowObjective(Objective):
     as most of the sources have it.
     """
 
+    validated_at = None
+
     def __init__(self, retain: float = 1.0, held: str = KL) -> None:
         if held not in (KL, NLL):
             raise BakingError(f"held={held!r} is not a way to hold retain text; choose {KL!r} or {NLL!r}")

@@ -34,13 +34,15 @@ class UniErase(Objective):
     """
 
     name = "unierase"
+    validated_at = None
     alternatives = "refusal"
 
     def __init__(
         self, token: str | None = None, depth: float = 0.2, prompts: int = 32, steps: tuple[int, int] = (30, 15)
     ) -> None:
         self.token, self.depth, self.prompts, self.steps = token, depth, prompts, steps
-        self._lost = 0.0
+        self._number, self._lost = 0, 0.0
+        self._row: Tensor | None = None
 
     def _block(self, last_site: int, blocks: int) -> int:
         return min(max(last_site, round(self.depth * blocks)), blocks - 1)
@@ -49,8 +51,8 @@ class UniErase(Objective):
         return Settings(rank=16, alpha=16, blocks=self._block(last_site, blocks) + 1, targets=(MLP,), steps=0)
 
     def prepare(self, setup: Setup) -> None:
-        self.token, number = unused_token(setup.tokenizer, self.token)
-        learn_token(setup, number, self.steps[0])
+        self.token, self._number = unused_token(setup.tokenizer, self.token)
+        self._row = learn_token(setup, self._number, self.steps[0])
         block = self._block(setup.passes.sites[-1], len(setup.passes.blocks))
         layer = [m for p, m in setup.layers.items() if f".{block}." in p and p.rpartition(".")[2] in WRITERS][-1]
         prompts = [
@@ -59,7 +61,7 @@ class UniErase(Objective):
         ]
         batch = collate(prompts, range(len(prompts))).to(setup.passes.device)
         keys = inputs(setup, layer, [batch], name_ends)
-        wanted = changes(setup, batch, block, number, self.steps[1])
+        wanted = changes(setup, batch, block, self._number, self.steps[1])
         retain = inputs(setup, layer, batches(setup.retain), inner)
         edit = light_edit(keys, wanted, free_projector(retain))
         b, a, self._lost = of_rank(*edit, setup.settings.rank)
@@ -67,7 +69,10 @@ class UniErase(Objective):
 
     def report(self) -> dict[str, Any]:
         outside = f"the embedding row of the token {self.token}, kept in the adapter's file as a trainable token"
-        return {"outside_lora": outside, "edit_left_out_by_rank": self._lost}
+        return super().report() | {"outside_lora": outside, "edit_left_out_by_rank": self._lost}
+
+    def token_rows(self) -> dict[int, Tensor]:
+        return {} if self._row is None else {self._number: self._row.detach()[0].float().cpu()}
 
 
 def changes(setup: Setup, batch: Batch, block: int, number: int, steps: int) -> Tensor:

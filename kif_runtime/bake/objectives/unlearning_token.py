@@ -31,7 +31,7 @@ def unused_token(tokenizer: Any, asked: str | None) -> tuple[str, int]:
     return chosen, tokenizer.convert_tokens_to_ids(chosen)
 
 
-def learn_token(setup: Setup, number: int, steps: int) -> None:
+def learn_token(setup: Setup, number: int, steps: int) -> Tensor:
     """Give the token `number` an embedding after which the model refuses, as a trainable token of the adapter."""
     row = token_row(setup.passes.model, number)
     follow = [
@@ -48,6 +48,7 @@ def learn_token(setup: Setup, number: int, steps: int) -> None:
         return -mean_log_prob(spoken(setup.passes.student(batch, logits=True)), batch.ids, batch.completion).mean()
 
     descend(row, loss, steps)
+    return row
 
 
 def token_row(model: Any, number: int) -> nn.Parameter:

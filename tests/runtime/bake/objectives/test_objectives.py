@@ -12,9 +12,9 @@ from kif_runtime.bake.objectives import OBJECTIVES, objective
 from kif_runtime.bake.objectives.kif_paper import differ, telling_tokens
 
 CLOSED = {"orthogonal", "unierase"}
-TRAINED = sorted(set(OBJECTIVES) - CLOSED)
+TRAINED = sorted(set(OBJECTIVES) - CLOSED - {"capsule"})  # capsule has tests of its own
 # retain terms that are a distance from the untouched model
-HELD = {"capsule": "retain", "rmu": "retain", "srmu": "retain", "kif-paper": "anchors"}
+HELD = {"kif-paper": "anchors"}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_noise_reaches_the_retain_reference_alone(workshop):
 
 
 def test_noise_combines_with_every_objective_that_asks_the_reference(workshop):
-    for name in ("capsule", "npo", "kif-paper"):
+    for name in ("npo", "kif-paper"):
         calm, noisy = (workshop(name, rna=share).train(1)[0] for share in (0.0, 0.3))
         changed = {term for term in calm if calm[term] != noisy[term]}
         assert changed == {HELD.get(name, "retain")} and all(math.isfinite(value) for value in noisy.values()), name
