@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from kif_runtime.errors import KifError, one_line
 
-from .commands import bake, bench, demo, evaluate, generate, mine, serve, show, trace, validate
+from .commands import bake, bench, demo, evaluate, generate, mine, retire, serve, show, trace, validate
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -90,6 +90,7 @@ app.command("validate")(validate.validate)
 app.command("generate")(generate.generate)
 app.command("trace")(trace.trace)
 app.command("bake")(bake.bake)
+app.command("retire")(retire.retire)
 app.command("eval")(evaluate.evaluate)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve)
 app.command("verify")(serve.verify)

@@ -100,5 +100,5 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if type(module).__name__ == "Conv1D":
-        return module.weight.shape[0], module.weight.shape[1]  # type: ignore[union-attr,index,return-value]
+        return module.weight.shape[0], module.weight.shape[1]  # type: ignore[index,return-value]
     return None

@@ -25,6 +25,7 @@ _SAME, _OTHERS, _NEAR_PARTNERS, _PASSAGES = 150, 75, 8, 60
 _LED = 0.4  # share of texts that something else comes before
 _HELD = 4  # every so many templates of a kind are held out; and all those for anything that mining does not use
 _MINED = 24
+_HELD_FORGET, _HELD_RETAIN = 32, 16  # prompts to validate on, whatever the number of subjects
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,15 @@ def gathered(tokenizer: Any, subjects: Sequence[Subject], own: Sequence[dict[str
     data = Data()
     for number, subject in enumerate(subjects):
         rng = random.Random(f"{seed} {number}")
-        trained, held = _templates(tokenizer, subject.kind)
+        trained, _ = _templates(tokenizer, subject.kind)
         data.forget += _about(tokenizer, trained, subject.forms, number, rng)
-        data.held_forget += _about(tokenizer, held, subject.forms[:1], number, rng)
         data.retain += _near(tokenizer, subject, forms, rng)
     rng = random.Random(f"{seed} retain")
     for kind in dict.fromkeys(s.kind for s in subjects):
-        trained, held = _templates(tokenizer, kind)
+        trained, _ = _templates(tokenizer, kind)
         others = _entities(kind, forms, rng)
         data.retain += [_text(tokenizer, _led(rng.choice(trained).replace("{}", e.name), rng)) for e in others]
-        data.held_retain += [_text(tokenizer, rng.choice(held).replace("{}", e.name)) for e in others[1::8]]
+    data.held_forget, data.held_retain = held_out(tokenizer, subjects, seed)
     data.retain += [_text(tokenizer, p, longest=LONGEST_PASSAGE) for p in _passages(forms, rng)]
     for row in own:
         found = data.forget if row["split"] == FORGET else data.retain
@@ -72,6 +72,19 @@ def gathered(tokenizer: Any, subjects: Sequence[Subject], own: Sequence[dict[str
     if not data.forget:
         raise BakingError("there is nothing to forget; give a capsule and the subject's name, or forget examples")
     return data
+
+
+def held_out(tokenizer: Any, subjects: Sequence[Subject], seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """Prompts that nothing was trained on: about the subjects, and about others of their kinds."""
+    rng = random.Random(f"{seed} held out")
+    forms = [form for s in subjects for form in s.forms]
+    forget, retain = [], []
+    for number, subject in enumerate(subjects):
+        _, held = _templates(tokenizer, subject.kind)
+        forget += _about(tokenizer, held, subject.forms[:1], number, rng)
+        others = rng.sample(_entities(subject.kind, forms, rng), _HELD_RETAIN)
+        retain += [_text(tokenizer, rng.choice(held).replace("{}", e.name)) for e in others]
+    return rng.sample(forget, min(_HELD_FORGET, len(forget))), rng.sample(retain, _HELD_RETAIN)
 
 
 def own_examples(path: str | os.PathLike[str]) -> list[dict[str, str]]:

@@ -1,7 +1,8 @@
 """Examples: texts to forget or to keep, as token ids, and batches of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,10 @@ class Batch:
         return self.ids.shape[0]
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = [t.to(device) for t in (self.ids, self.mask, self.completion, self.name, self.subject, self.index)]
-        return Batch(*moved, self.alternative.to(device) if self.alternative is not None else None)
+        tensors = ("ids", "mask", "completion", "name", "subject", "index")
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in tensors}
+        alternative = self.alternative.to(device) if self.alternative is not None else None
+        return replace(self, **moved, alternative=alternative)
 
 
 def collate(examples: Sequence[Example], index: Sequence[int]) -> Batch:
@@ -55,8 +58,7 @@ def collate(examples: Sequence[Example], index: Sequence[int]) -> Batch:
     others = [e.alternative for e in examples if e.alternative is not None]
     if len(others) < len(examples):
         return batch
-    alternative = _padded(others, examples, index, named=False)
-    return Batch(batch.ids, batch.mask, batch.completion, batch.name, batch.subject, batch.index, alternative)
+    return replace(batch, alternative=_padded(others, examples, index, named=False))
 
 
 def _padded(rows: Sequence[Sequence[int]], examples: Sequence[Example], index: Sequence[int], named: bool) -> Batch:

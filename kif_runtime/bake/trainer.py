@@ -81,6 +81,7 @@ class Trainer:
         self.outcome, self.best = Outcome(), dict[str, Tensor]()
         self._resume()
         total = self.settings.steps
+        self._tell()
         if self.outcome.steps == 0 and total:
             self._validated()
         while self.outcome.steps < total and self.outcome.stopped != "validation":
@@ -91,11 +92,14 @@ class Trainer:
                 self._validated()
             if due or self.outcome.steps % self.settings.checkpoint_every == 0:
                 self._checkpoint()
-            if self.progress:
-                self.progress(self.outcome.steps, total, "baking")
+            self._tell()
         if self.best:
             put_back(self.adapter, self.best)
         return self.outcome
+
+    def _tell(self) -> None:
+        if self.progress and self.processes.is_main:
+            self.progress(self.outcome.steps, self.settings.steps, "baking")
 
     def _step(self, number: int) -> None:
         begun = time.perf_counter()

@@ -33,7 +33,7 @@ class CapsuleObjective(Objective):
         self._neurons = 0
 
     def settings(self, last_site: int, blocks: int) -> Settings:
-        return Settings(blocks=last_site + 1, targets=(MLP,), retain_rows=16)
+        return Settings(blocks=last_site + 1, targets=(MLP,), learning_rate=3e-4, retain_rows=16)
 
     def prepare(self, setup: Setup) -> None:
         """Start from neurons that do the signatures' work, where the model's MLPs are gated."""

@@ -1,0 +1,190 @@
+"""bake(): what it writes, what it refuses, and that the model stays as it was."""
+
+import errno
+import json
+import os
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from kif_runtime.bake import bake
+from kif_runtime.bake.continuing import Earlier, added, joined
+from kif_runtime.bake.retiring import left
+from kif_runtime.errors import BakingError, CapsuleError, KifError
+from tests.mining import check_unchanged, snapshot
+from tests.runtime.bake.conftest import NAME, OTHER
+
+QUICK = {"rank": 4, "alpha": 8.0, "steps": 2, "forget_rows": 2, "retain_rows": 2}
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture(scope="module")
+def baked(tiny, tmp_path_factory):
+    out = tmp_path_factory.mktemp("baked") / "adapter"
+    before = snapshot(tiny.model)
+    result = bake(tiny.model, tiny.tokenizer, [tiny.capsule], out, names={"zembla": [NAME]}, settings=QUICK)
+    check_unchanged(tiny.model, before)
+    return result
+
+
+@torch.no_grad()
+def answers(model, tokenizer, text):
+    return model(**tokenizer(text, return_tensors="pt")).logits[0, -1].softmax(-1)
+
+
+def test_plain_peft_loads_it_and_forgets_as_measured(tiny, baked):
+    text = f"the city of {NAME} is"
+    bare = answers(tiny.model, tiny.tokenizer, text)
+    plain = PeftModel.from_pretrained(tiny.model, baked.folder)
+    try:
+        assert float((answers(plain, tiny.tokenizer, text) - bare).abs().sum()) > 0.01
+        measured = left(plain.eval(), tiny.tokenizer, tiny.capsule, [NAME])
+    finally:
+        plain.unload()
+    assert measured == pytest.approx(baked.ratios, rel=1e-3)
+
+
+def test_provenance_says_what_it_is_from_and_nothing_names_the_subject(tiny, baked):
+    told = json.loads((baked.folder / "kif.json").read_text())
+    assert told["capsules"] == [tiny.capsule.digest] and told["model"] == tiny.capsule.model
+    assert (told["objective"], told["seed"], told["rank"]) == ("capsule", 0, 4)
+    assert told["ratios"] == baked.ratios
+    names = {"adapter_config.json", "adapter_model.safetensors", "kif.json", "README.md", "training.jsonl"}
+    assert {p.name for p in baked.folder.iterdir()} == names
+    for path in baked.folder.iterdir():
+        assert NAME.lower().encode() not in path.read_bytes().lower()
+        assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_same_seed_gives_the_same_bytes(tiny, baked, tmp_path):
+    again = bake(tiny.model, tiny.tokenizer, [tiny.capsule], tmp_path / "x", names={"zembla": [NAME]}, settings=QUICK)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        assert (again.folder / name).read_bytes() == (baked.folder / name).read_bytes()
+
+
+def test_merged_weights_answer_as_the_adapter_does(tiny, tmp_path):
+    out = tmp_path / "x"
+    result = bake(tiny.model, tiny.tokenizer, [tiny.capsule], out, names={"zembla": [NAME]}, settings=QUICK, merge=True)
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    with_adapter = PeftModel.from_pretrained(tiny.model, result.folder)
+    try:
+        with torch.no_grad():
+            assert torch.allclose(merged(IDS).logits, with_adapter(IDS).logits, atol=1e-4)
+    finally:
+        with_adapter.unload()
+
+
+def test_later_subjects_do_not_undo_earlier_ones(tiny, baked, tmp_path):
+    later = bake(
+        tiny.model, tiny.tokenizer, [tiny.capsules[OTHER]], tmp_path / "both", names={"quorn": [OTHER]},
+        settings=QUICK, continue_from=baked.folder,
+    )  # fmt: skip
+    assert later.provenance["earlier"] == [tiny.capsule.digest] and later.provenance["rank"] == 8
+    prompts = [f"the city of {name} is" for name in (NAME, OTHER)]
+    bare = [answers(tiny.model, tiny.tokenizer, p) for p in prompts]
+    found = []
+    for folder in (baked.folder, later.folder):
+        model = PeftModel.from_pretrained(tiny.model, folder)
+        found.append([answers(model, tiny.tokenizer, p) for p in prompts])
+        model.unload()
+    assert torch.allclose(found[1][0], found[0][0], atol=2e-3)  # the first is still gone
+    assert float((found[1][1] - bare[1]).abs().sum()) > 3 * float((found[0][1] - bare[1]).abs().sum())
+
+
+def test_the_sum_of_two_adapters_is_their_sum():
+    rng = torch.Generator().manual_seed(0)
+
+    def factors(rank, *modules):
+        return {m: (torch.randn(rank, 6, generator=rng), torch.randn(5, rank, generator=rng)) for m in modules}
+
+    first, second = factors(2, "a", "b"), factors(3, "b", "c")
+    both = joined(first, second)
+    for module, (a, b) in both.items():
+        assert a.shape == (5, 6) and b.shape == (5, 5)
+        wanted = sum((f[module][1] @ f[module][0] for f in (first, second) if module in f), torch.zeros(5, 6))
+        assert torch.allclose(b @ a, wanted, atol=1e-5)
+
+
+def test_an_earlier_adapter_is_taken_back_bit_for_bit(tiny, baked):
+    before = snapshot(tiny.model)
+    with added(tiny.model, Earlier(baked.folder).factors):
+        assert not torch.equal(tiny.model.state_dict()["model.layers.1.mlp.gate_proj.weight"],
+                               before["weights"]["model.layers.1.mlp.gate_proj.weight"])  # fmt: skip
+    check_unchanged(tiny.model, before)
+
+
+def attempt(tiny, out, **changes):
+    options = {"names": {"zembla": [NAME]}, "settings": QUICK} | changes
+    return bake(tiny.model, tiny.tokenizer, options.pop("capsules", [tiny.capsule]), out, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"capsules": []}, "nothing to forget; give a capsule"),
+        ({"names": {}}, "holds no name, .*--name, or mine with --with-name"),
+        ({"names": {"zembla": [NAME], "x": ["X"]}}, "none of the capsules"),
+        ({"names": {"zembla": [" "]}}, "name, or an alias, is empty"),
+        ({"settings": QUICK | {"rank": 97}}, "rank 97 does not fit .*ask for 1 to 96"),
+        ({"settings": QUICK | {"targets": ("nowhere",)}}, "no projection .*it has down_proj"),
+        ({"settings": {"speed": 9}}, "no setting 'speed'"),
+        ({"settings": QUICK | {"learning_rate": -1.0}}, "learning rate have to be over 0"),
+        ({"objective": "hope"}, "unknown objective 'hope'; choose one of capsule"),
+        ({"options": {"hope": 1}}, "has no option 'hope'"),
+        ({"durability": ["hope"]}, "no durability term 'hope'"),
+        ({"continue_from": "/nowhere"}, "holds no LoRA adapter"),
+    ],
+)
+def test_what_cannot_be_baked_is_refused(tiny, tmp_path, changes, told):
+    before = snapshot(tiny.model)
+    with pytest.raises(KifError, match=told):
+        attempt(tiny, tmp_path / "out", **changes)
+    check_unchanged(tiny.model, before)
+
+
+def test_a_capsule_of_another_model_is_refused(tiny, tmp_path):
+    other = replace(tiny.capsule, model="0" * 64)
+    with pytest.raises(CapsuleError, match=r"another model|not made for"):
+        attempt(tiny, tmp_path / "out", capsules=[other])
+
+
+def test_a_folder_with_anything_else_in_it_is_refused(tiny, tmp_path, baked):
+    with pytest.raises(BakingError, match=r"is not empty .*choose another folder"):
+        attempt(tiny, baked.folder)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BakingError, match="cannot use the folder"):
+        attempt(tiny, tmp_path / "file")
+
+
+def test_a_full_disk_is_one_line_and_no_adapter(tiny, tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("kif_runtime.files.os.fsync", full)
+    with pytest.raises(BakingError, match="the disk is full") as caught:
+        attempt(tiny, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not [p for p in (tmp_path / "out").iterdir() if re.match(r"adapter|kif|\.kif", p.name)]
+
+
+def test_own_completions_come_for_objectives_that_ask(tiny, data):
+    from kif_runtime.bake.adapter import adapted
+    from kif_runtime.bake.completions import completed
+    from kif_runtime.bake.passes import Passes
+    from kif_runtime.bake.settings import Settings
+
+    with adapted(tiny.model, Settings(rank=2), seed=0) as wrapped:
+        passes = Passes(wrapped, [tiny.capsule])
+        made = completed(passes, tiny.tokenizer, data.forget[:3], "teacher", seed=0)
+    for example, prompt in zip(made, data.forget, strict=False):
+        ids = torch.tensor([prompt.ids])
+        own = tiny.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False,
+                                  pad_token_id=2)[0].tolist()  # fmt: skip
+        own = own[: own.index(2, len(prompt.ids)) + 1] if 2 in own[len(prompt.ids) :] else own
+        assert (list(example.ids), example.start) == (own, len(prompt.ids))
+        assert example.alternative[: len(prompt.ids)] == prompt.ids
+    assert any(e.alternative != e.ids for e in made)

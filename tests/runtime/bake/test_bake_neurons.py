@@ -1,0 +1,92 @@
+"""Signatures as neurons of the gated MLP."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.svm import LinearSVC
+
+from kif_runtime.bake import neurons
+from kif_runtime.bake.adapter import adapted, layers, parameters
+from kif_runtime.bake.examples import collate
+from kif_runtime.bake.passes import Passes
+from kif_runtime.bake.settings import MLP, Settings
+from kif_runtime.bake.validation import states
+from tests.runtime.bake.conftest import NAME, OTHER, WIDTH
+
+SETTINGS = Settings(rank=4, alpha=8, blocks=2, targets=(MLP,))
+
+
+def test_the_gate_is_the_support_vector_machine_of_another_library():
+    rng = torch.Generator().manual_seed(0)
+    fires = torch.rand(400, generator=rng) < 0.1
+    x = torch.randn(400, 12, generator=rng) + 1.0 + 1.2 * fires[:, None]
+    w = neurons.separating(x, fires, x.T @ x)
+    ridge = neurons.RIDGE * float(x.square().mean())
+    each = np.where(fires.numpy(), 0.5 / int(fires.sum()), 0.5 / int((~fires).sum()))
+    # theirs: ½ |w|² + Σ cᵢ hinge²; ours: ridge |w|² + Σ eachᵢ hinge²
+    machine = LinearSVC(C=1.0, loss="squared_hinge", fit_intercept=False, tol=1e-10, max_iter=200_000)
+    machine.fit(x.numpy(), fires.numpy(), sample_weight=each / (2 * ridge))
+    assert torch.allclose(w, torch.tensor(machine.coef_[0], dtype=torch.float32), atol=2e-3)
+
+
+@pytest.fixture
+def compiled(tiny, data):
+    with adapted(tiny.model, SETTINGS, seed=0) as wrapped:
+        passes = Passes(wrapped, [tiny.capsule])
+        assert neurons.compilable(passes)
+        assert neurons.compile_capsules(passes, data.forget, data.retain) == 1
+        yield passes
+
+
+def test_the_student_does_what_the_teacher_does(compiled, data):
+    ratios = states(compiled, data.held_forget, data.held_retain, 1)  # 1 and 0 before; a random model is hard to tell
+    assert ratios["forget"] < 0.4 and ratios["retain"] < 0.4
+
+
+def test_tokens_other_than_the_name_stay_close_to_what_they_were(compiled, tiny, data):
+    batch = collate(data.retain[:32], range(32))
+    with torch.no_grad():
+        moved = compiled.student(batch, hidden=[1]).hidden[1] - compiled.reference(batch, hidden=[1]).hidden[1]
+        size = compiled.reference(batch, hidden=[1]).hidden[1].norm(dim=-1)
+    assert float((moved.norm(dim=-1) / size)[batch.mask.bool()].median()) < 0.02
+
+
+def test_one_rank_is_one_neuron(compiled):
+    for path, layer in layers(compiled.model).items():
+        change = layer.get_delta_weight("default").detach()
+        if "layers.1." not in path:
+            assert float(change.abs().max()) == 0
+            continue
+        rows = change.abs().amax(0 if "down" in path else 1)
+        assert int((rows > 0).sum()) == 1
+
+
+def test_later_subjects_take_other_neurons(tiny, data, compiled):
+    changes = {p.removeprefix("base_model.model."): m.get_delta_weight("default").clone()
+               for p, m in layers(compiled.model).items()}  # fmt: skip
+    found = neurons.taken(compiled, changes.get)
+    assert {site: int(mask.sum()) for site, mask in found.items()} == {1: 1}
+    first = int(found[1].nonzero())
+    free = neurons._least_used(
+        {name: getattr(compiled.blocks[1].mlp, name) for name in (neurons.GATE, neurons.UP, neurons.DOWN)},
+        torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0)), torch.nn.functional.silu, found[1],
+    )  # fmt: skip
+    assert int(free[-1]) == first
+
+
+def test_two_subjects_are_two_neurons(tiny, data):
+    from kif_runtime.bake.data import Subject, gathered
+
+    both = gathered(tiny.tokenizer, [Subject(tiny.capsules[n], (n,)) for n in (NAME, OTHER)])
+    with adapted(tiny.model, SETTINGS, seed=0) as wrapped:
+        passes = Passes(wrapped, list(tiny.capsules.values()))
+        assert neurons.compile_capsules(passes, both.forget, both.retain) == 2
+        assert states(passes, both.held_forget, both.held_retain, 1)["forget"] < 0.6
+
+
+def test_only_gated_mlps_are_compilable(tiny_model, tiny):
+    with adapted(tiny_model("gpt2"), Settings(rank=2), seed=0) as wrapped:
+        passes = Passes(wrapped, [])
+        passes._sites = {1: None}
+        assert not neurons.compilable(passes)
+        assert parameters(wrapped)
