@@ -1,11 +1,10 @@
-"""Closed forms, the Fisher penalty and the healing loop."""
+"""Closed forms and the Fisher penalty."""
 
 import numpy as np
 import pytest
 import torch
 
 from kif_runtime.bake.objectives import light_edit, orthogonal, paper_terms
-from kif_runtime.bake.objectives.healing import Leakage, heal
 from kif_runtime.blocks import decoder_blocks
 
 
@@ -88,25 +87,3 @@ def test_fisher_is_the_mean_squared_gradient_and_the_penalty_its_quadratic_form(
     start = {"theta": parameter.detach(), "unused": unused.detach()}
     assert paper_terms.ewc(moved, start, found).item() == pytest.approx(0.25 * (slopes**2).mean(0).sum(), rel=1e-5)
     assert paper_terms.ewc(start, start, found) == 0
-
-
-def test_healing_stops_when_the_criteria_have_held_often_enough():
-    measured = iter(
-        [Leakage(0.2, 0.1, 0.4), Leakage(0.0, 0.1, 0.4), Leakage(0.0, 0.5, 0.4), *[Leakage(0.05, 0.1, 0.4)] * 9]
-    )
-    trained = []
-    result = heal(trained.append, lambda: next(measured), needed=2, budget=9)
-    assert result.healed and trained == [0, 1, 2, 3, 4] and len(result.rounds) == 5
-
-
-def test_healing_compares_the_ratio_and_not_the_mass():
-    """A mass of 0.5 is below 1 and still more than before: the criterion must not hold."""
-    result = heal(lambda number: None, lambda: Leakage(0.0, 0.5, 0.25), needed=1, budget=3)
-    assert not result.healed and len(result.rounds) == 3
-
-
-@pytest.mark.parametrize(
-    "leakage", [Leakage(float("nan"), 0.1, 0.4), Leakage(0.0, float("nan"), 0.4), Leakage(0.0, 0.0, 0.0)]
-)
-def test_what_was_not_measured_does_not_hold(leakage):
-    assert not leakage.holds
