@@ -21,7 +21,8 @@ from ..mining.repeated import repeated
 from .examples import FORGET, RETAIN, Example
 
 LONGEST, LONGEST_PASSAGE = 64, 32  # tokens
-_SAME, _OTHERS, _NEAR_PARTNERS, _PASSAGES = 150, 75, 8, 60
+_ENTITIES, _FEWEST = 225, 60  # others in all, and at least of each kind
+_NEAR_PARTNERS, _PASSAGES = 8, 60
 _LED = 0.4  # share of texts that something else comes before
 _HELD = 4  # every so many templates of a kind are held out; and all those for anything that mining does not use
 _MINED = 24
@@ -60,9 +61,10 @@ def gathered(tokenizer: Any, subjects: Sequence[Subject], own: Sequence[dict[str
         data.forget += _about(tokenizer, trained, subject.forms, number, rng)
         data.retain += _near(tokenizer, subject, forms, rng)
     rng = random.Random(f"{seed} retain")
-    for kind in dict.fromkeys(s.kind for s in subjects):
+    kinds = list(dict.fromkeys(s.kind for s in subjects))
+    for kind in kinds:
         trained, _ = _templates(tokenizer, kind)
-        others = _entities(kind, forms, rng)
+        others = _entities(kind, forms, rng, max(_FEWEST, _ENTITIES // len(kinds)))
         data.retain += [_text(tokenizer, _led(rng.choice(trained).replace("{}", e.name), rng)) for e in others]
     data.held_forget, data.held_retain = held_out(tokenizer, subjects, seed)
     data.retain += [_text(tokenizer, p, longest=LONGEST_PASSAGE) for p in _passages(forms, rng)]
@@ -82,7 +84,7 @@ def held_out(tokenizer: Any, subjects: Sequence[Subject], seed: int = 0) -> tupl
     for number, subject in enumerate(subjects):
         _, held = _templates(tokenizer, subject.kind)
         forget += _about(tokenizer, held, subject.forms[:1], number, rng)
-        others = rng.sample(_entities(subject.kind, forms, rng), _HELD_RETAIN)
+        others = _entities(subject.kind, forms, rng, _HELD_RETAIN)
         retain += [_text(tokenizer, rng.choice(held).replace("{}", e.name)) for e in others]
     return rng.sample(forget, min(_HELD_FORGET, len(forget))), rng.sample(retain, _HELD_RETAIN)
 
@@ -142,11 +144,11 @@ def _near(tokenizer: Any, subject: Subject, forms: Sequence[str], rng: random.Ra
     return [_text(tokenizer, rng.choice(trained).replace("{}", n)) for n in names]
 
 
-def _entities(kind: str, forms: Sequence[str], rng: random.Random) -> list[Entity]:
-    """Others, most of the same kind, none of which is a subject or named like one."""
+def _entities(kind: str, forms: Sequence[str], rng: random.Random, count: int) -> list[Entity]:
+    """Others, two in three of the same kind, none of which is a subject or named like one."""
     others = [e for e in corpus().entities if not mentions(e.name, forms)]
-    same = spread([e for e in others if e.kind == kind], _SAME, rng) if kind != ANY else []
-    return same + spread([e for e in others if e.kind != kind], _SAME + _OTHERS - len(same), rng)
+    same = spread([e for e in others if e.kind == kind], 2 * count // 3, rng) if kind != ANY else []
+    return same + spread([e for e in others if e.kind != kind], count - len(same), rng)
 
 
 def _passages(forms: Sequence[str], rng: random.Random) -> list[str]:

@@ -74,6 +74,10 @@ class Trainer:
 
         Raises BakingError where a loss is not a finite number: the last good checkpoint stays.
         """
+        with torch.random.fork_rng(devices=[]):  # a step seeds the CPU's generator
+            return self._train()
+
+    def _train(self) -> Outcome:
         self.processes.check(self.settings)
         self.optimiser = torch.optim.AdamW(
             self.adapter.values(), lr=self.settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0

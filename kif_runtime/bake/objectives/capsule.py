@@ -4,10 +4,14 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapter import copied, put_back
 from ..neurons import compilable, compile_capsules, taken
 from ..settings import MLP, Settings
-from ..validation import distances
+from ..validation import distances, states
 from .base import Objective, Setup, Step
+
+_SOME, _HELPFUL = 16, 0.8  # so many examples tell whether the neurons help: at most so much may be left
+_LEAST_FAR = 0.1  # where the teacher does nothing, there is nothing to divide by; one moved token is about 1.5
 
 
 class CapsuleObjective(Objective):
@@ -30,18 +34,23 @@ class CapsuleObjective(Objective):
 
     def __init__(self, beyond: int = 0, retain: float = 4.0, start: bool = True) -> None:
         self.beyond, self.retain, self.start = beyond, retain, start
-        self._neurons = 0
 
     def settings(self, last_site: int, blocks: int) -> Settings:
         return Settings(blocks=last_site + 1, targets=(MLP,), learning_rate=3e-4, retain_rows=16)
 
     def prepare(self, setup: Setup) -> None:
-        """Start from neurons that do the signatures' work, where the model's MLPs are gated."""
-        self._neurons = 0
-        if self.start and compilable(setup.passes):
-            self._neurons = compile_capsules(
-                setup.passes, setup.forget, setup.retain, taken(setup.passes, setup.earlier)
-            )
+        """Start from neurons that do the signatures' work, where the model's MLPs are gated and it helps: some models
+        norm or scale what their MLPs add."""
+        if not (self.start and compilable(setup.passes)):
+            return
+        fresh = copied(setup.adapter)
+        compile_capsules(setup.passes, setup.forget, setup.retain, taken(setup.passes, setup.earlier))
+        forget, retain = (
+            setup.forget[:: 1 + len(setup.forget) // _SOME],
+            setup.retain[:: 1 + len(setup.retain) // _SOME],
+        )
+        if states(setup.passes, forget, retain, setup.passes.sites[-1])["forget"] > _HELPFUL:
+            put_back(setup.adapter, fresh)
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         last = step.passes.sites[-1]
@@ -52,7 +61,7 @@ class CapsuleObjective(Objective):
         forget: Any = 0
         retain: Any = 0
         for block in matched:
-            far = distances(was, goal, step.forget, block).clamp_min(1e-3)
+            far = distances(was, goal, step.forget, block).clamp_min(_LEAST_FAR)
             forget = forget + (distances(forgetting, goal, step.forget, block) / far).mean() / len(matched)
             retain = retain + distances(keeping, own, step.retain, block).mean() / len(matched)
         return {"forget": forget, "retain": self.retain * retain}

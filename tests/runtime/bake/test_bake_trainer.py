@@ -89,6 +89,7 @@ def test_memory_that_does_not_suffice_halves_the_rows(trainer, tmp_path):
     t.train()
     assert t.parts == 2
     trainer.leave()
+    (tmp_path / "new").mkdir()
     with pytest.raises(BakingError, match="does not suffice for a single row"):
         trainer(run="another", folder=tmp_path / "new", objective=Greedy(start=False)).train()
 
