@@ -21,9 +21,10 @@ def test_an_orthogonalised_matrix_writes_nothing_along_the_direction():
 
 
 def test_the_matrices_that_write_into_the_residual_stream_are_known_in_every_family(tiny_model, family):
-    """What a block adds vanishes where all projections of these names write zeros: nothing else writes."""
-    if family == "mixtral":
-        pytest.skip("its experts are one tensor, not modules: the objective leaves them, and says so")
+    """What a block adds vanishes where all projections of these names write zeros: nothing else writes.
+
+    Except Mixtral's experts, which are one tensor and no modules: the objective leaves them, and says so.
+    """
     model = tiny_model(family)
     block = decoder_blocks(model)[1]
     for name, module in block.named_modules():
@@ -38,7 +39,7 @@ def test_the_matrices_that_write_into_the_residual_stream_are_known_in_every_fam
     block.register_forward_hook(look, with_kwargs=True)
     with torch.no_grad():
         model(torch.arange(3, 7)[None])
-    torch.testing.assert_close(*seen[0])
+    assert torch.allclose(*seen[0], atol=1e-6) == (family != "mixtral")
 
 
 def test_the_light_edit_solves_its_least_squares_problem():
