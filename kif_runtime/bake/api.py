@@ -19,6 +19,7 @@ from .. import __version__
 from ..blocks import decoder_blocks, unwrapped
 from ..capsule import Capsule
 from ..errors import BakingError
+from ..files import shown
 from ..fingerprint import fingerprint
 from ..mining.subject import checked_forms
 from . import adapter as adapters
@@ -76,7 +77,7 @@ def bake(
     if processes.is_main:
         output.check_folder(folder)
     processes.wait()
-    earlier = Earlier(continue_from) if continue_from is not None else None
+    earlier = _earlier(continue_from) if continue_from is not None else None
     wanted = _settings(chosen, capsules, len(decoder_blocks(model)), settings or {})
     run = _run(digest, subjects, examples, chosen, wanted, durability, seed, continue_from)
     with ExitStack() as stack:
@@ -103,6 +104,13 @@ def bake(
         nbytes = _write(folder, factors, model, tokenizer, provenance, merge, chosen.token_rows())
     processes.wait()
     return Baked(folder, ratios, time.perf_counter() - begun, nbytes, provenance)
+
+
+def _earlier(folder: str | os.PathLike[str]) -> Earlier:
+    found = Earlier(folder)
+    if found.rows:
+        raise BakingError(f"the adapter in {shown(folder)} has a token of its own, which a later one cannot keep")
+    return found
 
 
 def _objective(given: str | Objective, options: Mapping[str, Any] | None) -> Objective:

@@ -18,7 +18,7 @@ import torch
 from ..blocks import unwrapped
 from ..mining.corpus import mentions
 from .api import bake
-from .continuing import Earlier, added
+from .continuing import Earlier
 from .data import Subject, held_out
 from .examples import Example
 
@@ -92,7 +92,7 @@ def bake_until_healed(
 
     def evaluate() -> Leakage:
         last = max(out.glob("round-*"), key=lambda folder: int(folder.name.partition("-")[2]))
-        with added(unwrapped(model), Earlier(last).factors):
+        with Earlier(last).at_work(unwrapped(model)):
             return Leakage(*leakage(model, tokenizer, prompts, subjects), before)
 
     return heal(train, evaluate, needed=needed, budget=budget)

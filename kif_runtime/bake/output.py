@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..errors import BakingError, one_line
 from ..files import atomic_write, reason, shown
 from .checkpoints import NAME as CHECKPOINT
-from .continuing import CONFIG, PROVENANCE, WEIGHTS, Factors, added
+from .continuing import CONFIG, PROVENANCE, WEIGHTS, Factors, added, embedded
 from .trainer import LOG
 
 CARD, MERGED = "README.md", "merged"
@@ -110,20 +109,6 @@ def write_merged(folder: Path, factors: Factors, model: Any, tokenizer: Any, row
             tokenizer.save_pretrained(folder)
     except Exception as failure:  # a full disk is an error class of its own in safetensors
         raise BakingError(f"cannot write the merged model to {shown(folder)}: {one_line(failure, 200)}") from None
-
-
-@contextmanager
-def embedded(model: Any, rows: Mapping[int, Tensor]) -> Iterator[None]:
-    """Inside, the tokens in `rows` have these embeddings [D]; afterwards their own."""
-    weight = model.get_input_embeddings().weight.detach()
-    kept = {token: weight[token].clone() for token in rows}
-    try:
-        for token, row in rows.items():
-            weight[token] = row.to(weight)
-        yield
-    finally:
-        for token, row in kept.items():
-            weight[token] = row
 
 
 def finish(folder: Path) -> None:

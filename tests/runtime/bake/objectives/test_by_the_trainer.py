@@ -91,5 +91,8 @@ def test_unierase_writes_its_token_beside_the_lora(tiny, spare, tmp_path):
         assert (tiny.model(ids).logits - expected).abs().max() > 1e-3
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "merged").eval()
         torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    with pytest.raises(BakingError, match="is no plain LoRA"):
-        Earlier(tmp_path / "a")
+    with torch.no_grad(), Earlier(tmp_path / "a").at_work(tiny.model):
+        torch.testing.assert_close(tiny.model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(before["weights"][n], t) for n, t in tiny.model.state_dict().items())
+    with pytest.raises(BakingError, match="has a token of its own, which a later one cannot keep"):
+        bake(tiny.model, tiny.tokenizer, [tiny.capsule], tmp_path / "b", names=NAMES, continue_from=tmp_path / "a")
