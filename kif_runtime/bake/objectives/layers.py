@@ -1,4 +1,4 @@
-"""What closed forms need of a LoRA layer."""
+"""Where in a model an objective works, and what closed forms need of a LoRA layer."""
 
 from typing import Any
 
@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from ...errors import BakingError
+
+
+def block_at(depth: float, last_site: int, blocks: int) -> int:
+    """The block at this share of all, but not before the capsules' last site: the subject has to be recognised."""
+    return min(max(last_site, round(depth * blocks)), blocks - 1)
 
 
 def weight(layer: Any) -> Tensor:

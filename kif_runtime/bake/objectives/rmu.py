@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..settings import Settings
 from .base import Objective, Setup, Step
+from .layers import block_at
 from .tokens import wide
 from .untouched import inner, states
 
@@ -32,17 +33,13 @@ class Rmu(Objective):
 
     def __init__(self, share: float = 2.0, retain: float = 1200.0, depth: float = 0.22) -> None:
         self.share, self.retain, self.depth = share, retain, depth
-        self._target = torch.zeros(0)
-
-    def _block(self, last_site: int, blocks: int) -> int:
-        """Not before the last site: the subject has to be recognised."""
-        return min(max(last_site, round(self.depth * blocks)), blocks - 1)
+        self.block, self._target = 0, torch.zeros(0)
 
     def settings(self, last_site: int, blocks: int) -> Settings:
-        return Settings(blocks=self._block(last_site, blocks) + 1, learning_rate=1e-3, steps=60)
+        return Settings(blocks=block_at(self.depth, last_site, blocks) + 1, learning_rate=1e-3, steps=60)
 
     def prepare(self, setup: Setup) -> None:
-        self.block = self._block(setup.passes.sites[-1], len(setup.passes.blocks))
+        self.block = block_at(self.depth, setup.passes.sites[-1], len(setup.passes.blocks))
         forget, retain = (states(setup.passes, e, self.block) for e in (setup.forget, setup.retain))
         c = self.share * float(forget.norm(dim=-1).mean())
         self._target = c * self._direction(forget, retain, setup.generator)

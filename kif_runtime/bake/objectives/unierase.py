@@ -11,7 +11,7 @@ and with tied weights the same row of the vocabulary head. PEFT keeps that row i
 token; a server that loads LoRA matrices alone would make the model say a token that means nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..examples import Batch, Example, collate
 from ..settings import MLP, Settings
 from .base import Objective, Setup
-from .layers import write
+from .layers import block_at, write
 from .light_edit import free_projector, light_edit, of_rank
 from .orthogonal import WRITERS
 from .rows import spoken
@@ -38,31 +38,29 @@ class UniErase(Objective):
     alternatives = "refusal"
 
     def __init__(
-        self, token: str | None = None, depth: float = 0.2, prompts: int = 32, steps: tuple[int, int] = (30, 15)
+        self, token: str | None = None, depth: float = 0.2, prompts: int = 16, steps: tuple[int, int] = (20, 12)
     ) -> None:
         self.token, self.depth, self.prompts, self.steps = token, depth, prompts, steps
         self._number, self._lost = 0, 0.0
         self._row: Tensor | None = None
 
-    def _block(self, last_site: int, blocks: int) -> int:
-        return min(max(last_site, round(self.depth * blocks)), blocks - 1)
-
     def settings(self, last_site: int, blocks: int) -> Settings:
-        return Settings(rank=16, alpha=16, blocks=self._block(last_site, blocks) + 1, targets=(MLP,), steps=0)
+        edited = block_at(self.depth, last_site, blocks)
+        return Settings(rank=16, alpha=16, blocks=edited + 1, targets=(MLP,), steps=0)
 
     def prepare(self, setup: Setup) -> None:
         self.token, self._number = unused_token(setup.tokenizer, self.token)
         self._row = learn_token(setup, self._number, self.steps[0])
-        block = self._block(setup.passes.sites[-1], len(setup.passes.blocks))
+        block = block_at(self.depth, setup.passes.sites[-1], len(setup.passes.blocks))
         layer = [m for p, m in setup.layers.items() if f".{block}." in p and p.rpartition(".")[2] in WRITERS][-1]
         prompts = [
             Example(e.ids[: e.start], 0, e.subject, tuple(i for i in e.name if i < e.start))
             for e in setup.forget[:: max(1, -(-len(setup.forget) // self.prompts))]
         ]
         batch = collate(prompts, range(len(prompts))).to(setup.passes.device)
-        keys = inputs(setup, layer, [batch], name_ends)
+        keys = inputs(setup, layer, block, [batch], name_ends)
         wanted = changes(setup, batch, block, self._number, self.steps[1])
-        retain = inputs(setup, layer, batches(setup.retain), inner)
+        retain = inputs(setup, layer, block, batches(setup.retain), inner)
         edit = light_edit(keys, wanted, free_projector(retain))
         b, a, self._lost = of_rank(*edit, setup.settings.rank)
         write(layer, b, a)
@@ -80,9 +78,7 @@ def changes(setup: Setup, batch: Batch, block: int, number: int, steps: int) -> 
     rows, places = name_ends(batch).nonzero(as_tuple=True)
     ends = batch.mask.sum(1) - 1
     was = setup.passes.reference(batch, hidden=(block,)).hidden[block][rows, places].float()
-    added = (
-        torch.randn(was.shape, generator=setup.generator).to(was) * 1e-3 * was.square().mean().sqrt()
-    ).requires_grad_()
+    added = torch.zeros_like(was).requires_grad_()
 
     def edit(x: Tensor) -> Tensor:
         return x.index_put((rows, places), added.to(x.dtype), accumulate=True)
@@ -96,14 +92,14 @@ def changes(setup: Setup, batch: Batch, block: int, number: int, steps: int) -> 
     return added.detach()
 
 
-def inputs(setup: Setup, layer: Any, over: Any, where: Callable[[Batch], Tensor]) -> Tensor:
-    """[N, in] fp32 on the CPU: the layer's inputs in the untouched model at the tokens `where`."""
+def inputs(setup: Setup, layer: Any, block: int, over: Iterable[Batch], where: Callable[[Batch], Tensor]) -> Tensor:
+    """[N, in] fp32 on the CPU: inputs of the layer, one of `block`, in the untouched model at the tokens `where`."""
     found: list[Tensor] = []
     handle = layer.get_base_layer().register_forward_pre_hook(lambda _m, args: found.append(args[0].float().cpu()))
     try:
         kept = []
         for batch in over:
-            setup.passes.reference(batch, hidden=(len(setup.passes.blocks) - 1,))
+            setup.passes.reference(batch, hidden=(block,))
             kept.append(found.pop()[where(batch).cpu()])
     finally:
         handle.remove()
