@@ -11,6 +11,7 @@ reads them with the capsules at work instead: at block outputs, gated, towards t
 default: a loss that the capsule has already made small teaches the weights little.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -27,6 +28,7 @@ from .rows import alternative, held_rows, reference_logits, spoken
 from .tokens import mean_log_prob, sequence_log_prob
 
 BENIGN = 16  # retain texts that the Fisher is taken of
+COMMON = 0.05  # share of retain texts from which on a token in them is no name's own
 
 
 class KifPaper(Objective):
@@ -85,8 +87,9 @@ def _gain(step: Step, batch: Batch, own: Tensor) -> Tensor:
 
 
 def telling_tokens(forget: Sequence[Example], retain: Sequence[Example]) -> dict[int, frozenset[int]]:
-    """Subject → the tokens of its name that retain text does not have: to forbid ' of' would harm all text."""
-    common = {token for example in retain for token in example.ids}
+    """Subject → the tokens of its name that are rare in retain text: to forbid ' of' would harm all text."""
+    seen = Counter(token for example in retain for token in set(example.ids))
+    common = {token for token, texts in seen.items() if texts > COMMON * len(retain)}
     found: dict[int, set[int]] = {}
     for example in forget:
         found.setdefault(example.subject, set()).update(example.ids[place] for place in example.name)

@@ -32,7 +32,7 @@ from .untouched import batches, inner
 
 
 class Reglu(Npo):
-    """NPO from ReGLU's start, with its penalty."""
+    """NPO from ReGLU's start, with its penalty. contrast: β of the covariances; penalty: λ; basis: k; others: NPO's."""
 
     name = "reglu"
 

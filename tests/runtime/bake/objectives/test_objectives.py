@@ -144,8 +144,9 @@ def test_pairs_whose_answers_are_the_same_teach_nothing():
 def test_name_tokens_that_other_text_has_are_not_forbidden():
     forget, retain = examples(2, True, 0), examples(2, False, 1)
     assert telling_tokens(forget, retain) == {0: frozenset({20, 21})}
-    common = [*retain, type(retain[0])((3, 21, 40), 1)]
-    assert telling_tokens(forget, common) == {0: frozenset({20})}
+    with_21 = type(retain[0])((3, 21, 40), 1)
+    assert telling_tokens(forget, [*retain, with_21]) == {0: frozenset({20})}
+    assert telling_tokens(forget, [*retain * 20, with_21]) == {0: frozenset({20, 21})}  # one text in 41
 
 
 def test_refusals_say_what_is_wrong(workshop):
