@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import time
@@ -68,6 +69,7 @@ def bake(
     model.
     """
     begun = time.perf_counter()
+    _check_installed()
     folder, processes = Path(out), Processes(accelerator)
     chosen = _objective(objective, options)
     subjects = _subjects(capsules, names or {})
@@ -111,6 +113,11 @@ def _earlier(folder: str | os.PathLike[str]) -> Earlier:
     if found.rows:
         raise BakingError(f"the adapter in {shown(folder)} has a token of its own, which a later one cannot keep")
     return found
+
+
+def _check_installed() -> None:
+    if missing := [name for name in ("peft", "accelerate") if importlib.util.find_spec(name) is None]:
+        raise BakingError(f"baking needs {' and '.join(missing)}; install with: pip install 'kif-runtime[bake]'")
 
 
 def _objective(given: str | Objective, options: Mapping[str, Any] | None) -> Objective:

@@ -27,6 +27,7 @@ from .passes import Passes
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 SHARPNESS = 6.0  # g·x at the margin; silu(−6) is −0.015
 RIDGE = 1e-3
+HARD = 1024
 _ROUNDS = 12
 _OTHER = 0.5  # a gate row that changed by this share of its length is another neuron's
 _ELSEWHERE = 0.1  # weight of tokens where it does not fire, in what evens out
@@ -66,7 +67,7 @@ def compile_capsules(
         firing = [fires for fires in tokens.fires if bool(fires.any())]
         for place, fires in enumerate(firing):
             gate, up, down, output = _neuron(tokens.inputs, gram, missing, fires, mlp.act_fn)
-            missing = missing - output[:, None] * down
+            missing.addr_(output, down, alpha=-1.0)
             _write(layers, place, int(free[place]), gate, up, down)
         written += len(firing)
     return written
@@ -88,20 +89,25 @@ def separating(inputs: Tensor, fires: Tensor, gram: Tensor) -> Tensor:
     """w [D]: w·x ≥ 1 where `fires` [N], ≤ −1 elsewhere, as far as can be: squared hinge loss, both sides of equal
     weight, with a ridge of RIDGE of the mean diagonal; no bias, MLP inputs have a common component that serves as one.
 
-    gram [D, D]: inputsᵀ inputs, which the first round needs; later ones look at the tokens within the margin alone.
+    gram [D, D]: inputsᵀ inputs. Of the other tokens the HARD ones that a first solution finds hardest have that loss;
+    the rest have the plain square, so that no round has to look at them again.
     """
-    sign = torch.where(fires, 1.0, -1.0)
     count = int(fires.sum())
-    of_each = torch.where(fires, 0.5 / count, 0.5 / max(1, len(fires) - count))
+    of_one, of_other = 0.5 / count, 0.5 / max(1, len(fires) - count)
     ridge = RIDGE * inputs.square().mean() * torch.eye(inputs.shape[1], device=inputs.device)
     x = inputs[fires]
-    normal = 0.5 / count * (x.T @ x) + 0.5 / max(1, len(fires) - count) * (gram - x.T @ x)
-    w = torch.linalg.solve(normal + ridge, (of_each * sign) @ inputs)
-    active = sign * (inputs @ w) < 1
+    others, push = gram - x.T @ x, inputs.sum(0) - x.sum(0)
+    w = torch.linalg.solve(of_one * (x.T @ x) + of_other * others + ridge, of_one * x.sum(0) - of_other * push)
+    scores = (inputs @ w).masked_fill(fires, -torch.inf)
+    hard = inputs[scores.topk(min(HARD, len(fires) - count)).indices]
+    x, y = torch.cat([x, hard]), torch.cat([inputs.new_ones(count), -inputs.new_ones(len(hard))])
+    each = torch.where(y > 0, of_one, of_other)
+    base, push = of_other * (others - hard.T @ hard) + ridge, of_other * (push - hard.sum(0))
+    active = torch.ones_like(y, dtype=torch.bool)
     for _ in range(_ROUNDS):
-        x, c, y = inputs[active], of_each[active], sign[active]
-        w = torch.linalg.solve((x * c[:, None]).T @ x + ridge, (c * y) @ x)
-        now = sign * (inputs @ w) < 1
+        rows, c = x[active], each[active]
+        w = torch.linalg.solve(base + (rows * c[:, None]).T @ rows, (c * y[active]) @ rows - push)
+        now = y * (x @ w) < 1
         if torch.equal(now, active):
             break
         active = now

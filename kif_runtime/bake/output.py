@@ -1,7 +1,6 @@
 """What a baking leaves: a PEFT adapter that needs nothing of KIF, its provenance, and a card; no name in any of it."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,9 @@ def check_folder(folder: Path) -> None:
         there = sorted(p.name for p in folder.iterdir() if not p.name.startswith(".kif-"))
     except (OSError, ValueError) as failure:
         raise BakingError(f"cannot use the folder {shown(folder)}: {reason(failure)}") from None
-    if other := [name for name in there if name not in (CHECKPOINT, LOG)]:
+    unfinished = LOG in there and PROVENANCE not in there  # kif.json is written last
+    ours = (CHECKPOINT, LOG, WEIGHTS, CONFIG, CARD, MERGED) if unfinished else ()
+    if other := [name for name in there if name not in ours]:
         raise BakingError(f"{shown(folder)} is not empty ({one_line(other[0], 60)} is there); choose another folder")
 
 
@@ -112,10 +113,9 @@ def write_merged(folder: Path, factors: Factors, model: Any, tokenizer: Any, row
 
 
 def finish(folder: Path) -> None:
-    """The checkpoint has done its work."""
+    """The checkpoint has done its work; whatever a kill left half-written goes too."""
     try:
-        os.unlink(folder / CHECKPOINT)
-    except FileNotFoundError:
-        pass
+        for path in (folder / CHECKPOINT, *folder.glob(".kif-*.tmp")):
+            path.unlink(missing_ok=True)
     except OSError as failure:
         raise BakingError(f"cannot remove {shown(folder / CHECKPOINT)}: {reason(failure)}") from None

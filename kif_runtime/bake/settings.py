@@ -12,7 +12,8 @@ class Settings:
 
     learning_rate: of AdamW, with linear warm-up over `warmup` steps and then linear decay to a tenth. steps: at most.
     forget_rows, retain_rows: examples of each in a step, over all processes. clip: the largest norm of a gradient.
-    Every `validate_every` steps the ratios on held-out text are measured; training ends where none is over `enough`.
+    Every `validate_every` steps the ratios on held-out text are measured; training ends where forget is at most
+    `enough`, and retain a tenth of it.
     """
 
     rank: int = 8
@@ -27,4 +28,4 @@ class Settings:
     clip: float = 1.0
     validate_every: int = 20
     checkpoint_every: int = 10
-    enough: float = 0.05
+    enough: float = 0.1

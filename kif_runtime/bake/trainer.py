@@ -86,7 +86,8 @@ class Trainer:
         self._resume()
         total = self.settings.steps
         self._tell()
-        if self.outcome.steps == 0 and total:
+        if self.outcome.steps == 0:
+            self._log({"step": 0, "forget": len(self.forget), "retain": len(self.retain)})
             self._validated()
         while self.outcome.steps < total and self.outcome.stopped != "validation":
             self._step(self.outcome.steps)
@@ -198,7 +199,7 @@ class Trainer:
         before = sum(self.outcome.ratios.values()) if self.outcome.ratios else math.inf
         if sum(ratios.values()) < before:
             self.best, self.outcome.best_step, self.outcome.ratios = copied(self.adapter), self.outcome.steps, ratios
-        if all(v <= self.settings.enough for v in ratios.values()):
+        if ratios["forget"] <= self.settings.enough and ratios["retain"] <= 0.1 * self.settings.enough:
             self.outcome.stopped = "validation"
 
     def _checkpoint(self) -> None:

@@ -1,5 +1,6 @@
 """kif bake: from capsules to a standard PEFT LoRA adapter."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +86,8 @@ def bake(
             )  # fmt: skip
     except KeyboardInterrupt:
         raise KifError("interrupted; run the same command to go on from the last checkpoint") from None
-    _print(result, json)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _print(result, json)
 
 
 def _names(
@@ -134,8 +136,6 @@ def _option(text: str) -> tuple[str, Any]:
 
 def _accelerator() -> Any:
     """Accelerate's, where several processes were launched together."""
-    import os
-
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return None
     from accelerate import Accelerator

@@ -160,6 +160,25 @@ def test_a_folder_with_anything_else_in_it_is_refused(tiny, tmp_path, baked):
         attempt(tiny, tmp_path / "file")
 
 
+def test_a_baking_that_was_killed_while_it_wrote_is_done_again(tiny, baked, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("training.jsonl", "adapter_model.safetensors"):
+        (out / name).write_bytes((baked.folder / name).read_bytes()[:-9])
+    (out / ".kif-x.tmp").write_bytes(b"half")
+    attempt(tiny, out)
+    assert {p.name for p in out.iterdir()} == {p.name for p in baked.folder.iterdir()}
+    assert (out / "adapter_model.safetensors").read_bytes() == (baked.folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_missing_libraries_are_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        BakingError, match=r"needs peft and accelerate; install with: pip install 'kif-runtime\[bake\]'"
+    ):
+        attempt(tiny, tmp_path / "out")
+
+
 def test_a_full_disk_is_one_line_and_no_adapter(tiny, tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -29,7 +29,7 @@ def folder(tiny, tmp_path_factory):
 
 def run(folder, out, *launcher):
     command = [sys.executable, *launcher, str(SCRIPT), str(folder), str(out)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow

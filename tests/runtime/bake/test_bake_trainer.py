@@ -60,7 +60,8 @@ def test_training_brings_the_student_to_the_teacher(trainer, tmp_path):
     outcome = trainer(settings=dataclasses.replace(SETTINGS, steps=30, learning_rate=3e-2)).train()
     assert outcome.ratios["forget"] < 0.5 and outcome.ratios["retain"] < 0.2
     rows = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
-    assert rows[0]["validation"]["forget"] == pytest.approx(1, abs=1e-4) and rows[0]["validation"]["retain"] == 0
+    assert rows[0] == {"step": 0, "forget": 20, "retain": 20}
+    assert rows[1]["validation"] == {"forget": pytest.approx(1, abs=1e-4), "retain": 0}
     assert [row["step"] for row in rows if "terms" in row] == list(range(outcome.steps))
 
 
@@ -112,7 +113,7 @@ class Interrupted(CapsuleObjective):
         return super().loss(step)
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("at", [1, 4])
 def test_interrupted_and_resumed_is_never_interrupted(trainer, tmp_path, at):
     settings = dataclasses.replace(SETTINGS, checkpoint_every=2)
     whole = trainer(tmp_path, settings=settings)
@@ -155,18 +156,18 @@ def test_a_loss_that_is_not_finite_stops_and_is_named(trainer, tmp_path):
 
 
 def test_training_ends_where_the_ratios_are_good_enough(trainer):
-    outcome = trainer(settings=dataclasses.replace(SETTINGS, enough=1.5)).train()
+    outcome = trainer(settings=dataclasses.replace(SETTINGS, enough=1.1)).train()
     assert (outcome.steps, outcome.stopped) == (0, "validation")
 
 
 def test_the_best_adapter_stays(trainer):
-    ratios = iter([{"forget": 1.0}, {"forget": 0.2}, {"forget": 0.9}])
+    ratios = iter([{"forget": f, "retain": 0.0} for f in (1.0, 0.2, 0.9)])
     t = trainer()
     t.validate = lambda: next(ratios)
     seen = []
     t.objective.after = lambda step: seen.append(copied(t.adapter))
     outcome = t.train()
-    assert (outcome.best_step, outcome.ratios) == (3, {"forget": 0.2})
+    assert (outcome.best_step, outcome.ratios) == (3, {"forget": 0.2, "retain": 0.0})
     assert same(copied(t.adapter), seen[2]) and not same(seen[2], seen[5])
 
 
