@@ -156,6 +156,8 @@ def _settings(chosen: Objective, capsules: Sequence[Capsule], blocks: int, chang
     if unknown := [name for name in changes if name not in known]:
         raise BakingError(f"there is no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
     made = dataclasses.replace(proposed, **changes)
+    if chosen.closed_form:
+        made = dataclasses.replace(made, steps=0)
     if made.rank < 1 or made.steps < 0 or made.forget_rows < 1 or made.retain_rows < 1 or made.learning_rate <= 0:
         raise BakingError("rank, rows and learning rate have to be over 0, and steps 0 or more; correct the settings")
     return made

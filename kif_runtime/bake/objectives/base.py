@@ -85,13 +85,16 @@ class Objective:
     blocks run), "states" (at the last site), both in comparison with the capsules at work; None: every step is taken
     and the last adapter kept, for objectives that aim elsewhere."""
 
+    closed_form: bool = False
+    """Whether `prepare` does all the work: then no step is taken, whatever the settings say."""
+
     def settings(self, last_site: int, blocks: int) -> Settings:
         """Defaults for a model of so many blocks whose capsules' last site is `last_site`."""
         return Settings()
 
     def prepare(self, setup: Setup) -> None:
         """Called once, before the first step: initialise the adapter, gather statistics, or do all the work where there
-        is a closed form (then `settings` says 0 steps).
+        is a closed form.
 
         It has to be deterministic. A run that goes on from a checkpoint calls it too, and then loads the adapter.
         """

@@ -32,13 +32,14 @@ class Orthogonal(Objective):
 
     name = "orthogonal"
     validated_at = None
+    closed_form = True
     completions = False
 
     def __init__(self, strength: float = 1.0) -> None:
         self.strength = strength
 
     def settings(self, last_site: int, blocks: int) -> Settings:
-        return Settings(rank=8, alpha=8, steps=0)
+        return Settings(rank=8, alpha=8)
 
     def prepare(self, setup: Setup) -> None:
         u = directions(setup.passes.capsules)

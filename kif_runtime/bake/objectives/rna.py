@@ -28,7 +28,7 @@ class Rna(Objective):
     def __init__(self, inner: Objective, share: float) -> None:
         self.inner, self.share = inner, share
         self.name, self.alternatives, self.completions = inner.name, inner.alternatives, inner.completions
-        self.validated_at = inner.validated_at
+        self.validated_at, self.closed_form = inner.validated_at, inner.closed_form
         self.deviation = 0.0
 
     def settings(self, last_site: int, blocks: int) -> Settings:

@@ -35,6 +35,7 @@ class UniErase(Objective):
 
     name = "unierase"
     validated_at = None
+    closed_form = True
     alternatives = "refusal"
 
     def __init__(
@@ -46,7 +47,7 @@ class UniErase(Objective):
 
     def settings(self, last_site: int, blocks: int) -> Settings:
         edited = block_at(self.depth, last_site, blocks)
-        return Settings(rank=16, alpha=16, blocks=edited + 1, targets=(MLP,), steps=0)
+        return Settings(rank=16, alpha=16, blocks=edited + 1, targets=(MLP,))
 
     def prepare(self, setup: Setup) -> None:
         self.token, self._number = unused_token(setup.tokenizer, self.token)

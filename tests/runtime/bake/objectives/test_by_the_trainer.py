@@ -46,6 +46,13 @@ def test_each_objective_bakes_an_adapter_that_plain_peft_loads(tiny, tmp_path, n
             loaded.unload()
 
 
+def test_a_closed_form_takes_no_steps_whatever_is_asked(tiny, tmp_path):
+    made = bake(
+        tiny.model, tiny.tokenizer, [tiny.capsule], tmp_path / "a", names=NAMES, objective="orthogonal", settings=QUICK
+    )
+    assert (made.provenance["steps"], made.provenance["settings"]["steps"]) == (0, 0)
+
+
 def test_the_options_are_part_of_what_a_run_is(tiny, tmp_path):
     made = bake(
         tiny.model, tiny.tokenizer, [tiny.capsule], tmp_path / "a", names=NAMES, objective="npo",
