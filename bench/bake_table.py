@@ -25,7 +25,7 @@ import torch
 
 from kif_runtime import Capsule
 from kif_runtime.bake import bake
-from kif_runtime.bake.continuing import Earlier, added
+from kif_runtime.bake.continuing import Earlier
 from kif_runtime.bake.durability import four_bit
 from kif_runtime.bake.objectives import OBJECTIVES
 from kif_runtime.blocks import decoder_blocks
@@ -93,12 +93,12 @@ def one(
                 durability=options.durability, seed=options.seed,
             )  # fmt: skip
         seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-        factors = Earlier(folder / "adapter").factors
+        adapter = Earlier(folder / "adapter")
     finally:
         shutil.rmtree(folder)
-    table = evaluate(model, tokenizer, lambda: added(model, factors), facts=facts, neighbours=others, text=text)
+    table = evaluate(model, tokenizer, lambda: adapter.at_work(model), facts=facts, neighbours=others, text=text)
     result = {"table": table, "seconds": seconds, "cpu": cpu, "bytes": made.nbytes, "subjects": len(capsules)}
-    with added(model, factors):
+    with adapter.at_work(model):
         if options.relearn:
             with relearned(model, tokenizer, facts):
                 result["relearned"] = asked_again(model, tokenizer, facts, table)

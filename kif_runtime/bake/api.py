@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..blocks import decoder_blocks, unwrapped
 from ..capsule import Capsule
 from ..errors import BakingError
+from ..files import shown
 from ..fingerprint import fingerprint
 from ..mining.subject import checked_forms
 from . import adapter as adapters
@@ -77,7 +79,7 @@ def bake(
     if processes.is_main:
         output.check_folder(folder)
     processes.wait()
-    earlier = Earlier(continue_from) if continue_from is not None else None
+    earlier = _earlier(continue_from) if continue_from is not None else None
     wanted = _settings(chosen, capsules, len(decoder_blocks(model)), settings or {})
     run = _run(digest, subjects, examples, chosen, wanted, durability, seed, continue_from)
     with ExitStack() as stack:
@@ -101,9 +103,16 @@ def bake(
     provenance = _provenance(capsules, digest, chosen, wanted, durability, seed, earlier, outcome, ratios, factors)
     nbytes = 0
     if processes.is_main:
-        nbytes = _write(folder, factors, model, tokenizer, provenance, merge)
+        nbytes = _write(folder, factors, model, tokenizer, provenance, merge, chosen.token_rows())
     processes.wait()
     return Baked(folder, ratios, time.perf_counter() - begun, nbytes, provenance)
+
+
+def _earlier(folder: str | os.PathLike[str]) -> Earlier:
+    found = Earlier(folder)
+    if found.rows:
+        raise BakingError(f"the adapter in {shown(folder)} has a token of its own, which a later one cannot keep")
+    return found
 
 
 def _check_installed() -> None:
@@ -147,6 +156,8 @@ def _settings(chosen: Objective, capsules: Sequence[Capsule], blocks: int, chang
     if unknown := [name for name in changes if name not in known]:
         raise BakingError(f"there is no setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
     made = dataclasses.replace(proposed, **changes)
+    if chosen.closed_form:
+        made = dataclasses.replace(made, steps=0)
     if made.rank < 1 or made.steps < 0 or made.forget_rows < 1 or made.retain_rows < 1 or made.learning_rate <= 0:
         raise BakingError("rank, rows and learning rate have to be over 0, and steps 0 or more; correct the settings")
     return made
@@ -173,6 +184,8 @@ def _setup(passes: Passes, tokenizer: Any, data: Data, settings: Settings, seed:
 
 
 def _validation(chosen: Objective, passes: Passes, data: Data) -> Any:
+    if chosen.validated_at is None:
+        return None
     if chosen.validated_at == "states":
         return lambda: validation.states(passes, data.held_forget, data.held_retain, passes.sites[-1])
     return lambda: validation.answers(passes, data.held_forget, data.held_retain)
@@ -221,14 +234,17 @@ def _provenance(
 
 
 def _write(
-    folder: Path, factors: output.Factors, model: Any, tokenizer: Any, provenance: dict[str, Any], merge: bool
-) -> int:
+    folder: Path, factors: output.Factors, model: Any, tokenizer: Any, provenance: dict[str, Any], merge: bool,
+    rows: Mapping[int, Tensor],
+) -> int:  # fmt: skip
     targets = sorted({module.split(".")[-1] for module in factors})
     base = str(getattr(unwrapped(model).config, "_name_or_path", "") or "")
-    nbytes = output.write_adapter(folder, factors, targets, base=base)
+    plain = unwrapped(model)
+    embeddings = next(path for path, module in plain.named_modules() if module is plain.get_input_embeddings())
+    nbytes = output.write_adapter(folder, factors, targets, base=base, rows=rows, embeddings=embeddings)
     output.write_card(folder, provenance)
     if merge:
-        output.write_merged(folder / output.MERGED, factors, unwrapped(model), tokenizer)
+        output.write_merged(folder / output.MERGED, factors, plain, tokenizer, rows)
     output.write_json(folder / output.PROVENANCE, provenance)  # last: it says that the folder is complete
     output.finish(folder)
     return nbytes

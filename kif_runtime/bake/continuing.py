@@ -6,7 +6,7 @@ earlier subjects too and nothing pulls them back. What is written is the sum of 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 
 class Earlier:
-    """An adapter that was written before: factors by module path, A [r, inputs] with the scale in it, B [outputs, r].
+    """An adapter that was written before: factors by module path, A [r, inputs] with the scale in it, B [outputs, r];
+    rows, token → its embedding [D], which objectives that change some leave beside them.
 
     Raises BakingError for a folder that holds none, or one that is no plain LoRA.
     """
@@ -39,10 +40,11 @@ class Earlier:
             scale = float(config["lora_alpha"]) / int(config["r"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             raise BakingError(f"{shown(folder)} holds no LoRA adapter; give the folder that a baking wrote") from None
-        odd = config.get("use_dora") or config.get("use_rslora") or config.get("rank_pattern")
-        if config.get("peft_type") != "LORA" or odd or config.get("modules_to_save"):
+        odd = ("use_dora", "use_rslora", "rank_pattern", "modules_to_save")
+        if config.get("peft_type") != "LORA" or any(config.get(option) for option in odd):
             raise BakingError(f"the adapter in {shown(folder)} is no plain LoRA; give one that a baking wrote")
         self.capsules: list[str] = _digests(Path(folder))
+        self.rows = _rows(config, tensors)
         self.factors: Factors = {}
         for name, a in tensors.items():
             if name.endswith(".lora_A.weight"):
@@ -56,6 +58,19 @@ class Earlier:
         """What it adds to the weight [outputs, inputs] of `module`; None where it adds nothing."""
         found = self.factors.get(module)
         return None if found is None else found[1] @ found[0]
+
+
+    @contextmanager
+    def at_work(self, model: Any) -> Iterator[None]:
+        """Inside, the plain `model` is what the adapter makes of it."""
+        with added(model, self.factors), embedded(model, self.rows):
+            yield
+
+
+def _rows(config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[int, Tensor]:
+    tokens = config.get("trainable_token_indices") or []
+    found = [rows for name, rows in tensors.items() if name.endswith(".trainable_tokens_delta")]
+    return dict(zip(tokens, found[0], strict=True)) if found else {}
 
 
 @contextmanager
@@ -79,6 +94,20 @@ def added(model: Any, factors: Factors) -> Iterator[None]:
         with torch.no_grad():
             for path, values in kept.items():
                 modules[path].weight.copy_(values)
+
+
+@contextmanager
+def embedded(model: Any, rows: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside, the tokens in `rows` have these embeddings [D]; afterwards their own."""
+    weight = model.get_input_embeddings().weight.detach()
+    kept = {token: weight[token].clone() for token in rows}
+    try:
+        for token, row in rows.items():
+            weight[token] = row.to(weight)
+        yield
+    finally:
+        for token, row in kept.items():
+            weight[token] = row
 
 
 def joined(first: Factors, second: Factors) -> Factors:

@@ -1,15 +1,18 @@
 """What a baking leaves: a PEFT adapter that needs nothing of KIF, its provenance, and a card; no name in any of it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from ..errors import BakingError, one_line
 from ..files import atomic_write, reason, shown
 from .checkpoints import NAME as CHECKPOINT
-from .continuing import CONFIG, PROVENANCE, WEIGHTS, Factors, added
+from .continuing import CONFIG, PROVENANCE, WEIGHTS, Factors, added, embedded
 from .trainer import LOG
 
 CARD, MERGED = "README.md", "merged"
@@ -28,21 +31,30 @@ def check_folder(folder: Path) -> None:
         raise BakingError(f"{shown(folder)} is not empty ({one_line(other[0], 60)} is there); choose another folder")
 
 
-def write_adapter(folder: Path, factors: Factors, targets: list[str], task: str = "CAUSAL_LM", base: str = "") -> int:
+def write_adapter(
+    folder: Path, factors: Factors, targets: list[str], task: str = "CAUSAL_LM", base: str = "",
+    rows: Mapping[int, Tensor] | None = None, embeddings: str = "",
+) -> int:  # fmt: skip
     """adapter_model.safetensors and adapter_config.json, as PEFT and vLLM read them. factors: by module path, A [r,
-    inputs] with the scale in it, B [outputs, r]. Returns the bytes of the weights."""
+    inputs] with the scale in it, B [outputs, r]. rows: token → its embedding [D] in the module called `embeddings`, for
+    PEFT alone. Returns the bytes of the weights."""
     tensors = {}
     for module, (a, b) in factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a.detach().cpu().contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = b.detach().cpu().contiguous()
+    if rows:
+        kept = torch.stack([rows[token] for token in sorted(rows)])
+        tensors[f"base_model.model.{embeddings}.token_adapter.trainable_tokens_delta"] = kept
     data = save(tensors, {"format": "pt"})
     rank = next(iter(factors.values()))[0].shape[0]
     atomic_write(folder / WEIGHTS, data, error=BakingError)
-    write_json(folder / CONFIG, _config(rank, targets, list(factors), task, base))
+    write_json(folder / CONFIG, _config(rank, targets, list(factors), task, base, sorted(rows or ())))
     return len(data)
 
 
-def _config(rank: int, targets: list[str], modules: list[str], task: str, base: str) -> dict[str, Any]:
+def _config(
+    rank: int, targets: list[str], modules: list[str], task: str, base: str, tokens: list[int]
+) -> dict[str, Any]:
     from peft import LoraConfig
 
     numbers = sorted({int(part) for module in modules for part in module.split(".") if part.isdigit()})
@@ -50,6 +62,7 @@ def _config(rank: int, targets: list[str], modules: list[str], task: str, base: 
     config = LoraConfig(
         r=rank, lora_alpha=rank, target_modules=targets, task_type=task, base_model_name_or_path=base,
         layers_to_transform=numbers, layers_pattern=pattern, inference_mode=True,
+        trainable_token_indices=tokens or None,
     )  # fmt: skip
     made = {k: sorted(v) if isinstance(v, set) else v for k, v in config.to_dict().items()}
     return {k: v for k, v in made.items() if v is None or isinstance(v, str | int | float | bool | list | dict)}
@@ -89,10 +102,10 @@ Who holds the model without this adapter has what it hides. Provenance, with the
     atomic_write(folder / CARD, text.encode(), error=BakingError)
 
 
-def write_merged(folder: Path, factors: Factors, model: Any, tokenizer: Any) -> None:
+def write_merged(folder: Path, factors: Factors, model: Any, tokenizer: Any, rows: Mapping[int, Tensor]) -> None:
     """The plain `model` with the adapter in its weights, as a folder that transformers loads."""
     try:
-        with added(model, factors):
+        with added(model, factors), embedded(model, rows):
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except Exception as failure:  # a full disk is an error class of its own in safetensors

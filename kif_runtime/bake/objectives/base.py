@@ -1,5 +1,6 @@
 """What an objective is, and what the trainer gives it."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,9 +80,13 @@ class Objective:
     name: str
     alternatives: str | None = None
     completions: bool = True
-    validated_at: str = "answers"
-    """What early stopping looks at: "answers" (next-token distributions, all blocks run) or "states" (at the last
-    site)."""
+    validated_at: str | None = "answers"
+    """What early stopping looks at, and by what the best adapter is chosen: "answers" (next-token distributions, all
+    blocks run), "states" (at the last site), both in comparison with the capsules at work; None: every step is taken
+    and the last adapter kept, for objectives that aim elsewhere."""
+
+    closed_form: bool = False
+    """Whether `prepare` does all the work: then no step is taken, whatever the settings say."""
 
     def settings(self, last_site: int, blocks: int) -> Settings:
         """Defaults for a model of so many blocks whose capsules' last site is `last_site`."""
@@ -89,7 +94,7 @@ class Objective:
 
     def prepare(self, setup: Setup) -> None:
         """Called once, before the first step: initialise the adapter, gather statistics, or do all the work where there
-        is a closed form (then `settings` says 0 steps).
+        is a closed form.
 
         It has to be deterministic. A run that goes on from a checkpoint calls it too, and then loads the adapter.
         """
@@ -113,5 +118,14 @@ class Objective:
         """Take back what `state` gave."""
 
     def report(self) -> dict[str, Any]:
-        """What `kif.json` says about it: options, what it did outside the adapter. Plain JSON, nothing of subjects."""
+        """What `kif.json` says about it: its options, and what else is worth knowing. Plain JSON, nothing of subjects.
+
+        Every argument of the constructor is an attribute of the same name.
+        """
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def token_rows(self) -> dict[int, Tensor]:
+        """Token → its new embedding [D], for an objective that changes some beside the LoRA. It has to put them to work
+        itself; they are written into the adapter as PEFT's trainable tokens, which other readers of LoRA do not know.
+        """
         return {}
