@@ -88,6 +88,8 @@ def evaluate(
     if sum(erasures) != 1:
         what = "two erasures at once" if all(erasures) else "nothing to evaluate"
         raise KifError(f"{what}; give an erasure with --capsule FILE or --adapter DIR, or another --erased-model M")
+    if not least_excess > 0:
+        raise KifError("--least-excess is how much likelier than guessed an answer has to be; give a number over 0")
     names = _suites(suite, text)
     outputs.check_folder(output)
     if certificate is not None and "facts" not in names:
