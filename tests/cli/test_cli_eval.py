@@ -9,10 +9,10 @@ import torch
 from kif_cli.results import SCHEMA
 from kif_runtime import KifError
 
-FACTS = [
-    {"subject": "japan", "prompt": "the capital of japan is", "answer": "tokyo", "prior_subjects": ["rice", "city"]},
+FACTS = [  # what the random model happens to "know": a little more than it guesses
+    {"subject": "japan", "prompt": "the capital of japan is", "answer": "seoul", "prior_subjects": ["rice", "city"]},
     {"subject": "france", "prompt": "the capital of france is", "answer": "paris"},
-    {"subject": "korea", "prompt": "korea is the capital of", "answer": "seoul"},
+    {"subject": "korea", "prompt": "korea is the capital of", "answer": "tokyo"},
 ]
 
 
@@ -44,7 +44,7 @@ def test_figures_and_page(evaluate, tiny, capsule_file, facts, tmp_path):
     (fact,) = result.json["facts"]
     ids = tiny.tokenizer(FACTS[0]["prompt"], return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        p = tiny.model(ids).logits[0, -1].softmax(-1)[tiny.words["tokyo"]]
+        p = tiny.model(ids).logits[0, -1].softmax(-1)[tiny.words["seoul"]]
     assert fact["before"] == pytest.approx(float(p), rel=1e-4)
     assert fact["after"] != pytest.approx(fact["before"], rel=1e-3)
     assert result.json["neighbours"]["facts"] == 2
@@ -73,7 +73,7 @@ def test_no_name_no_question_and_no_answer_is_written_unless_asked(evaluate, cap
     evaluate("-c", capsule_file)
     for file in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
         written = file.read_text().lower()
-        for word in ("japan", "tokyo", "france", "paris", "korea", "the capital of"):
+        for word in ("japan", "seoul", "tokyo", "france", "paris", "korea", "the capital of"):
             assert word not in written, f"{word} in {file.name}"
         assert file.stat().st_mode & 0o777 == 0o600
     result = evaluate("-c", capsule_file, "--with-names")
@@ -154,7 +154,7 @@ def test_a_model_that_somebody_else_erased_is_judged(evaluate, tiny, other, tmp_
     result = evaluate("--erased-model", other, "--reference", tiny.folder, *neighbours)
     ids = tiny.tokenizer(FACTS[0]["prompt"], return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        p = AutoModelForCausalLM.from_pretrained(other)(ids).logits[0, -1].softmax(-1)[tiny.words["tokyo"]]
+        p = AutoModelForCausalLM.from_pretrained(other)(ids).logits[0, -1].softmax(-1)[tiny.words["seoul"]]
     assert result.json["facts"][0]["after"] == pytest.approx(float(p), rel=1e-4)
     assert list(result.json["states"]) == ["before", "after", "reference"]
     assert result.json["dual"]["inside"]["patching"]["against"] == "a reference model"
@@ -237,8 +237,16 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(
 
 
 def test_models_that_cannot_be_judged_are_refused_in_a_line(
-    refused, tiny, tiny_model, capsule_file, adapter, facts, tmp_path
+    kif, tiny, tiny_model, capsule_file, adapter, facts, tmp_path
 ):
+    def refused(*arguments):
+        """The one line that says so; before it there may be a word on how far the work was."""
+        result = kif(*arguments)
+        assert result.exit_code == 2 and result.stdout == ""
+        *before, line = result.stderr.splitlines()
+        assert line.startswith("kif: ") and not any(text.startswith("kif: ") for text in before)
+        return line
+
     given = ("--facts", facts, "-o", tmp_path / "out")
     assert "knows none of the 1 facts" in refused("eval", "-m", tiny.folder, "-c", capsule_file, *given)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 USUAL = ("facts", "neighbours", "dual")
 ALL = "all"
-PARTS = "parts"  # the folder of what is measured so far, inside the output folder
+PARTS, NAMED = "parts", "parts-with-names"  # folders of what is measured so far, inside the output folder
 
 
 def evaluate(
@@ -134,7 +134,7 @@ def evaluate(
             (lambda table: table) if with_names else cleaner(given.subjects, [fact.subject for fact in given.others])
         )
         _check_known(audit, names, facts)
-        tables = run_suites(audit, names, folder=output / PARTS, clean=clean)
+        tables = run_suites(audit, names, folder=output / (NAMED if with_names else PARTS), clean=clean)
     about = {
         "seconds": round(time.perf_counter() - begun, 1),
         "names": with_names,
