@@ -115,7 +115,7 @@ def evaluate(
     from ..auditing import Compared, data_folders, read_given, states_of
     from ..loading import load_capsules
     from ..pages import eval_page
-    from ..privacy import cleaner
+    from ..privacy import as_it_is, cleaner
     from ..results import load_results, print_results, results
 
     for name in names:
@@ -143,9 +143,8 @@ def evaluate(
             seed=seed,
             progress=report,
         )
-        clean = (
-            (lambda table: table) if with_names else cleaner(given.subjects, [fact.subject for fact in given.others])
-        )
+        others = [fact.subject for fact in given.others]
+        clean = as_it_is if with_names else cleaner(given.subjects, others)
         _check_known(audit, names, facts)
         tables = run_suites(audit, names, folder=output / (NAMED if with_names else PARTS), clean=clean)
     about = {
@@ -164,7 +163,7 @@ def evaluate(
         found["policy"] = _judged(demands, policy, found, tables)
     outputs.make_folder(output)
     outputs.write_json(output / "results.json", found)
-    outputs.write_text(output / "report.html", eval_page(found, beside))
+    outputs.write_text(output / "report.html", eval_page(found, [(clean(label), other) for label, other in beside]))
     if certificate is not None:
         _certify(found, audit, output, certificate)
     if json:
