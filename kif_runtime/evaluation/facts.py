@@ -1,7 +1,9 @@
 """Facts: a prompt about a subject, the answer a model knows, and how probable the model finds it.
 
 A file of facts is JSON lines with `subject`, `prompt` (which names the subject) and `answer`; `relation`, `p_before`,
-`p_prior` and `prior_subjects` may follow, other keys are left alone.
+`p_prior` and `prior_subjects` may follow, other keys are left alone. A question need not be a direct one:
+`question_kind` says what it is (QUESTION_KINDS), and where the prompt does not name the subject as `subject` has it,
+`prior_prompts` asks the same about others. `aliases` and `descriptions` are of the subject.
 """
 
 import dataclasses
@@ -26,11 +28,16 @@ BARE, CHAT = "bare", "chat"
 CHAT_TURN = "Complete this sentence: {}"
 BATCH = 16
 
+DIRECT = "direct"
+NAMING_KINDS = (DIRECT, "paraphrase")  # their prompts hold the subject's name as it is
+QUESTION_KINDS = (*NAMING_KINDS, "alias", "misspelling", "language", "two-hop", "described", "in context")
+
 
 @dataclass(frozen=True)
 class Fact:
-    """`answer` follows `prompt`, which names `subject`. p_before, p_prior: as the file says, for the model it was made
-    with. prior_subjects: others to put in the subject's place, about whom the answer would be wrong."""
+    """`answer` follows `prompt`, which names `subject` unless question_kind says otherwise. p_before, p_prior: as the
+    file says, for the model it was made with. prior_subjects: others to put in the subject's place, about whom the
+    answer would be wrong; prior_prompts: prompts that ask it of others, where no name can be replaced."""
 
     subject: str
     relation: str
@@ -39,6 +46,10 @@ class Fact:
     p_before: float | None = None
     p_prior: float | None = None
     prior_subjects: tuple[str, ...] = ()
+    question_kind: str = DIRECT
+    prior_prompts: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
 
     @property
     def at_start(self) -> bool:
@@ -48,7 +59,17 @@ class Fact:
     def about(self, name: str) -> "Fact":
         """The same question about `name`; what was measured about the subject is left out."""
         prompt = self.prompt.replace(self.subject, name, 1)
-        return dataclasses.replace(self, subject=name, prompt=prompt, p_before=None, p_prior=None, prior_subjects=())
+        return self._unmeasured(subject=name, prompt=prompt)
+
+    def asked_of_others(self) -> list["Fact"]:
+        """The same question about each of `prior_subjects`, and each of `prior_prompts`."""
+        return [
+            *(self.about(other) for other in self.prior_subjects),
+            *(self._unmeasured(prompt=prompt) for prompt in self.prior_prompts),
+        ]
+
+    def _unmeasured(self, **changes: Any) -> "Fact":
+        return dataclasses.replace(self, p_before=None, p_prior=None, prior_subjects=(), prior_prompts=(), **changes)
 
 
 def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
@@ -88,14 +109,17 @@ def _fact(row: Any) -> Fact:
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"{name!r} is missing or no text")
         row[name].encode()  # half a surrogate pair is a ValueError here, and no tokenizer's business later
-    if row["subject"] not in row["prompt"]:
+    kind = row.get("question_kind", DIRECT)
+    if kind not in QUESTION_KINDS:
+        raise ValueError(f"'question_kind' is not one of {', '.join(QUESTION_KINDS)}")
+    if kind in NAMING_KINDS and row["subject"] not in row["prompt"]:
         raise ValueError("the prompt does not name the subject")
     for name in ("p_before", "p_prior"):
         if row.get(name) is not None and not _is_probability(row[name]):
             raise ValueError(f"{name!r} is not a number in [0, 1]")
-    others = row.get("prior_subjects") or ()
-    if not isinstance(others, list | tuple) or not all(isinstance(o, str) and o.strip() for o in others):
-        raise ValueError("'prior_subjects' is not a list of names")
+    others = _texts(row, "prior_subjects", "names")
+    if others and row["subject"] not in row["prompt"]:
+        raise ValueError("'prior_subjects' need a prompt that names the subject; give 'prior_prompts'")
     if not isinstance(row.get("relation", ""), str):
         raise ValueError("'relation' is no text")
     return Fact(
@@ -105,8 +129,19 @@ def _fact(row: Any) -> Fact:
         row["answer"],
         row.get("p_before"),
         row.get("p_prior"),
-        tuple(others),
+        others,
+        kind,
+        _texts(row, "prior_prompts", "prompts"),
+        _texts(row, "aliases", "names"),
+        _texts(row, "descriptions", "texts"),
     )
+
+
+def _texts(row: dict[str, Any], name: str, what: str) -> tuple[str, ...]:
+    values = row.get(name) or ()
+    if not isinstance(values, list | tuple) or not all(isinstance(v, str) and v.strip() for v in values):
+        raise ValueError(f"{name!r} is not a list of {what}")
+    return tuple(values)
 
 
 def _is_probability(value: Any) -> bool:
@@ -221,14 +256,14 @@ def prior_probabilities(
     batch_size: int = BATCH,
     progress: Progress | None = None,
 ) -> list[float | None]:
-    """Per fact, the mean probability of its answer with each of `prior_subjects` named in the subject's place.
+    """Per fact, the mean probability of its answer where the same is asked of others (`Fact.asked_of_others`).
 
-    What the question alone makes likely; None for a fact that lists no such subjects.
+    What the question alone makes likely; None for a fact that lists no others.
     """
-    asked = [fact.about(other) for fact in facts for other in fact.prior_subjects]
+    asked = [other for fact in facts for other in fact.asked_of_others()]
     options: dict[str, Any] = {"form": form, "batch_size": batch_size, "progress": progress}
     values = iter(answer_probabilities(model, tokenizer, asked, **options))
-    return [_mean([next(values) for _ in fact.prior_subjects]) for fact in facts]
+    return [_mean([next(values) for _ in fact.asked_of_others()]) for fact in facts]
 
 
 def _mean(values: Sequence[float]) -> float | None:

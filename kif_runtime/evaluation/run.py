@@ -1,14 +1,16 @@
 """Before and after: everything that an erasure of one or more subjects is judged by, as one JSON-able table."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..errors import KifError
-from .facts import BARE, Fact, Progress, answer_probabilities, excess_kept, prior_probabilities
+from .audit import Audit, Running, State, Subject
+from .facts import BARE, Fact, Progress, excess_kept
 from .kinds import kind_of
 from .statistics import bootstrap, summary
-from .text import TOKENS, WINDOW, predicted, sample_text, window_losses
+from .text import TOKENS, WINDOW, predicted, sample_text
 
 LEAST_EXCESS = 0.15
 
@@ -38,32 +40,56 @@ def evaluate(
     kept}], "kept": summary, "kept_first", "kept_later": the same for prompts that begin with the subject and those that
     do not, "neighbours": {...} or None, "text": {...} or None}. Raises KifError for no facts.
     """
-    if not facts:
-        raise KifError("there are no facts to evaluate; give some about the erased subjects")
-    others = list(neighbours or ())
-    sample = None if text is None else sample_text(tokenizer, text, window=window, tokens=tokens)
-    options: dict[str, Any] = {"form": form, "progress": progress}
 
-    priors = _priors(model, tokenizer, facts, options)
-    asked = [*facts, *others]
-    before = answer_probabilities(model, tokenizer, asked, **options)
-    losses = None if sample is None else window_losses(model, sample.ids, progress=progress)
-    with attach() as kif:
-        after = answer_probabilities(model, tokenizer, asked, **options)
-        touched = None
-        if sample is not None and losses is not None:
-            _reset(kif)
-            after_losses = window_losses(model, sample.ids, progress=progress)
-            touched = _text_table(losses, after_losses, predicted(sample.ids), sample.ids.numel(), kif)
+    @contextmanager
+    def enter() -> Iterator[Running]:
+        with attach() as gate:
+            yield Running(model, gate if hasattr(gate, "fired") and hasattr(gate, "reset") else None)
 
-    n = len(facts)
+    audit = Audit(
+        State("before", lambda: nullcontext(model)),
+        State("after", enter),
+        tokenizer,
+        [Subject(name) for name in dict.fromkeys(fact.subject for fact in facts)],
+        facts,
+        neighbours or (),
+        text,
+        form=form,
+        least_excess=least_excess,
+        progress=progress,
+    )
+    table = {"form": form, "least_excess": least_excess} | direct_table(audit, facts)
+    table["neighbours"] = neighbour_rows(audit) if audit.others else None
+    return table | {"text": None if text is None else text_rows(audit, window=window, tokens=tokens)}
+
+
+def direct_table(audit: Audit, asked: Sequence[Fact]) -> dict[str, Any]:
+    """Before and after for each of `asked`, and the summaries of what is kept."""
+    before, after = (audit.probabilities(state, asked) for state in (audit.before, audit.after))
+    priors = audit.priors(asked)
     rows = [
-        fact_row(fact, b, a, p, form, least_excess)
-        for fact, b, a, p in zip(facts, before[:n], after[:n], priors, strict=True)
+        fact_row(fact, b, a, p, audit.form, audit.least_excess)
+        for fact, b, a, p in zip(asked, before, after, priors, strict=True)
     ]
-    table = {"form": form, "least_excess": least_excess, "facts": rows} | kept_summaries(rows)
-    table["neighbours"] = neighbour_table(others, before[n:], after[n:]) if others else None
-    return table | {"text": touched}
+    return {"facts": rows} | kept_summaries(rows)
+
+
+def neighbour_rows(audit: Audit) -> dict[str, Any]:
+    before, after = (audit.probabilities(state, audit.others) for state in (audit.before, audit.after))
+    return neighbour_table(audit.others, before, after)
+
+
+def text_rows(audit: Audit, *, window: int = WINDOW, tokens: int | None = TOKENS) -> dict[str, Any]:
+    """Perplexity before and after, and which tokens the gate touched."""
+    if audit.text is None:
+        raise KifError("the suite text needs running text; give --text FILE")
+    ids = sample_text(audit.tokenizer, audit.text, window=window, tokens=tokens).ids
+    before, _ = audit.losses(audit.before, ids)
+    after, fired = audit.losses(audit.after, ids)
+    table = text_table(before, after, predicted(ids)) | {"tokens": ids.numel(), "touched": fired}
+    # a token on which two capsules fire is counted by both: exact for one capsule, an upper bound for several
+    share = None if fired is None else min(1.0, sum(fired.values()) / ids.numel())
+    return table | {"touched_share": share}
 
 
 def fact_row(
@@ -117,24 +143,3 @@ def text_table(before: Sequence[float], after: Sequence[float], count: int) -> d
     """Perplexities from summed losses per window, over `count` predicted tokens."""
     old, new = math.exp(sum(before) / count), math.exp(sum(after) / count)
     return {"before": old, "after": new, "ratio": new / old, "predicted": count}
-
-
-def _text_table(before: Sequence[float], after: Sequence[float], count: int, tokens: int, kif: Any) -> dict[str, Any]:
-    table = text_table(before, after, count) | {"tokens": tokens, "touched": None, "touched_share": None}
-    fired = getattr(kif, "fired", None)
-    if fired is not None:
-        table["touched"] = dict(fired)
-        # a token on which two capsules fire is counted by both: exact for one capsule, an upper bound for several
-        table["touched_share"] = min(1.0, sum(fired.values()) / tokens)
-    return table
-
-
-def _reset(kif: Any) -> None:
-    if hasattr(kif, "reset"):
-        kif.reset()
-
-
-def _priors(model: Any, tokenizer: Any, facts: Sequence[Fact], options: dict[str, Any]) -> list[float]:
-    """Measured where a fact lists others to ask about, else what its file says, else 0: then nothing can be guessed."""
-    measured = prior_probabilities(model, tokenizer, facts, **options)
-    return [value if value is not None else (fact.p_prior or 0.0) for value, fact in zip(measured, facts, strict=True)]
