@@ -57,7 +57,9 @@ def answer(tokenizer: Any, text: str) -> list[int]:
     """The tokens of an answer and the end token. Raises KifError for an answer without tokens, or no end token."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids or tokenizer.eos_token_id is None:
-        raise KifError("an answer has no tokens, or the tokenizer no end token; mend the file, or use another tokenizer")
+        raise KifError(
+            "an answer has no tokens, or the tokenizer no end token; mend the file, or use another tokenizer"
+        )
     return [*ids, tokenizer.eos_token_id]
 
 

@@ -4,6 +4,7 @@ Source: Porter, An algorithm for suffix stripping, Program 14(3), 1980; the chan
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 Rule = tuple[str, str, Callable[[str], bool]]
@@ -49,7 +50,7 @@ def _consonant(word: str, i: int) -> bool:
 def _measure(stem: str) -> int:
     """m in [C](VC)^m[V]."""
     kinds = [_consonant(stem, i) for i in range(len(stem))]
-    return sum(not before and after for before, after in zip(kinds, kinds[1:], strict=False))
+    return sum(not before and after for before, after in itertools.pairwise(kinds))
 
 
 def _has_vowel(stem: str) -> bool:
@@ -142,8 +143,8 @@ def _long_suffix(word: str) -> str:
 
 
 def _middle_suffix(word: str) -> str:
-    pairs = (("icate", "ic"), ("ative", ""), ("alize", "al"), ("iciti", "ic"), ("ical", "ic"), ("ful", ""), ("ness", ""))
-    return _first(word, [(old, new, _some) for old, new in pairs])
+    kept = (("icate", "ic"), ("ative", ""), ("alize", "al"), ("iciti", "ic"), ("ical", "ic"), ("ful", ""), ("ness", ""))
+    return _first(word, [(old, new, _some) for old, new in kept])
 
 
 def _short_suffix(word: str) -> str:

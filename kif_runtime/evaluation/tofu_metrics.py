@@ -49,8 +49,8 @@ def retain_truth_ratio(ratios: Sequence[float]) -> float:
 
 
 def prob_mean_truth_ratio(right: Sequence[float], wrong: Sequence[Sequence[float]]) -> float:
-    """mean P_right / (P_right + P_wrong) with P_wrong = exp(−mean ℓ(wrong)), from losses: the form that OpenUnlearning's
-    composite of memorisation takes."""
+    """mean P_right / (P_right + P_wrong) with P_wrong = exp(−mean ℓ(wrong)), from losses: the form that the composite
+    of memorisation takes."""
     p = np.exp(-np.asarray(right, dtype=float))
     q = np.exp(-np.array([np.mean(losses) for losses in wrong]))
     return float(np.mean(p / (p + q + TINY)))

@@ -1,7 +1,5 @@
 """What an attack gained: per fact a hit or none, what it was allowed to spend, and the rate with its interval."""
 
-import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +8,7 @@ import torch
 
 from ...errors import KifError
 from ..facts import BARE, BATCH, Fact, encode, first_token, last_logits
-
-_Z = 1.959963984540054  # the normal's 97.5 % point
+from ..statistics import share
 
 
 @dataclass(frozen=True)
@@ -37,40 +34,9 @@ class Outcome:
         if not self.hits or len(self.hits) != len(self.subjects):
             raise KifError(f"the attack {self.attack!r} had no facts to try; give facts that the model knows")
 
-    @property
-    def rate(self) -> float:
-        return sum(self.hits) / len(self.hits)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's, 95 %, with as many trials as there are subjects, since facts of one stand or fall together; with
-        one subject alone, as many as facts."""
-        subjects = len(set(self.subjects))
-        return wilson(self.rate, subjects if subjects > 1 else len(self.hits))
-
-    def table(self) -> dict[str, Any]:
-        row = {
-            "attack": self.attack,
-            "budget": dict(self.budget),
-            "facts": len(self.hits),
-            "subjects": len(set(self.subjects)),
-            "rate": self.rate,
-            "interval": list(self.interval),
-            "probability": None,
-        }
-        if self.probabilities is not None:
-            row["probability"] = sum(self.probabilities) / len(self.probabilities)
-        return row
-
-
-def wilson(rate: float, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a share. Source: Wilson, JASA 22 (1927)."""
-    if trials < 1:
-        raise KifError("a share needs at least one trial")
-    shrunk = 1 + _Z**2 / trials
-    middle = (rate + _Z**2 / (2 * trials)) / shrunk
-    half = _Z / shrunk * math.sqrt(rate * (1 - rate) / trials + _Z**2 / (4 * trials**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    def share(self) -> dict[str, Any]:
+        """{"tried", "success", "interval"}: Wilson's, 95 %, each fact a try."""
+        return share(self.hits)
 
 
 def ask(model: Any, tokenizer: Any, facts: Sequence[Fact], *, form: str = BARE, batch_size: int = BATCH) -> list[Asked]:
@@ -106,11 +72,6 @@ def asked_outcome(attack: str, budget: Mapping[str, float], facts: Sequence[Fact
     """A hit is a first answer token that is the likeliest."""
     hits = tuple(one.rank == 1 for one in asked)
     return Outcome(attack, budget, hits, subjects_of(facts), tuple(one.probability for one in asked))
-
-
-def said(text: str, answer: str) -> bool:
-    """Whether `text` holds the answer as whole words, whatever the case."""
-    return re.search(rf"(?<!\w){re.escape(answer.strip())}(?!\w)", text, re.IGNORECASE) is not None
 
 
 def subjects_of(facts: Sequence[Fact]) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 from ..evasion import REWRITINGS, rewritten
 from ..facts import BATCH, CHAT_TURN, Fact
 from ..outputs import go_on
-from .outcome import Outcome, ask, said, subjects_of
+from ..surface import mentions
+from .outcome import Outcome, ask, subjects_of
 
 NEW_TOKENS = 12
 PREFILL = "Sure, here is the answer: "
@@ -90,4 +91,4 @@ def _hits(
     model: Any, tokenizer: Any, facts: Sequence[Fact], prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[bool, ...]:
     found = go_on(model, tokenizer, [tuple(p) for p in prompts], new_tokens, batch_size=BATCH)
-    return tuple(said(one.text, fact.answer) for one, fact in zip(found, facts, strict=True))
+    return tuple(mentions(one.text, [fact.answer]) for one, fact in zip(found, facts, strict=True))

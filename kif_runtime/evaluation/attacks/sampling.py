@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from ..facts import BARE, BATCH, Fact, encode, padded
-from .outcome import Outcome, said, subjects_of
+from ..surface import mentions
+from .outcome import Outcome, subjects_of
 
 SAMPLES = 32
 NEW_TOKENS = 12
@@ -49,7 +50,7 @@ def best_of_n(
                     pad_token_id=end if end is not None else 0,
                 )
                 texts = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
-                got = got or any(said(text, fact.answer) for text in texts)
+                got = got or any(mentions(text, [fact.answer]) for text in texts)
             hits.append(got)
     budget = {"queries": samples, "tokens": new_tokens, "temperature": temperature}
     return Outcome("best of N", budget, tuple(hits), subjects_of(facts))

@@ -27,10 +27,10 @@ def soft_prompt(
     seed: int = 0,
     form: str = BARE,
 ) -> Outcome:
-    """Twofold: `length` embeddings are tuned by Adam for `steps` full-batch steps on every second fact and judged on the
-    others, and the other way round. They begin at random tokens' embeddings; `rate`: step size in standard deviations
-    of the embedding matrix. Parameters are not touched. With one fact alone it is tuned on that fact itself, which
-    measures what can be forced and not what is known: give two or more.
+    """Twofold: `length` embeddings are tuned by Adam for `steps` full-batch steps on every second fact and judged on
+    the others, and the other way round. They begin at random tokens' embeddings. rate: the step size, in standard
+    deviations of the embedding matrix. Parameters are not touched. With one fact alone it is tuned on that fact itself,
+    which measures what can be forced and not what is known: give two or more.
     """
     prompts = encode(tokenizer, facts, form=form)
     firsts = [first_token(tokenizer, fact.answer) for fact in facts]
@@ -47,7 +47,14 @@ def soft_prompt(
 
 
 def _tune(
-    model: Any, prompts: Sequence[Sequence[int]], firsts: Sequence[int], *, length: int, steps: int, rate: float, seed: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    firsts: Sequence[int],
+    *,
+    length: int,
+    steps: int,
+    rate: float,
+    seed: int,
 ) -> Tensor:
     """[length, D]."""
     table = model.get_input_embeddings().weight
