@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kif_runtime.evaluation.facts import Fact
 
-FILLER = ["[UNK]", "[UNK]", "[UNK]", "sure", "here", "is", "the", "answer", ".", "to", "my", "question", ":", "what", "do"]
+FILLER = ["[UNK]"] * 3 + ["sure", "here", "is", "the", "answer", ".", "to", "my", "question", ":", "what", "do"]
 STEPS = 230
 
 

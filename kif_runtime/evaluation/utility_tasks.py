@@ -21,7 +21,7 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class Item:
-    """options: per option, (context, continuation); the continuation, which begins with its space, is what is scored."""
+    """options: each (context, continuation); the continuation, which begins with its space, is what is scored."""
 
     options: tuple[tuple[str, str], ...]
     gold: int

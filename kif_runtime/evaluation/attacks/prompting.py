@@ -53,12 +53,12 @@ def many_shot(
     shots: int = SHOTS,
     new_tokens: int = NEW_TOKENS,
 ) -> Outcome:
-    """Completed sentences about others stand before the question, in bare text. Examples about the fact's own subject
+    """Completed sentences about others stand before the question, a line each, in bare text. Examples about the fact's own subject
     are passed over."""
     texts = []
     for fact in facts:
         others = [e for e in examples if e.subject != fact.subject][:shots]
-        texts.append("".join(f"{e.prompt} {e.answer}.\n" for e in others) + fact.prompt)
+        texts.append("".join(f"{e.prompt} {e.answer}\n" for e in others) + fact.prompt)
     tokens = [tokenizer(text)["input_ids"] for text in texts]
     hits = _hits(model, tokenizer, facts, tokens, new_tokens)
     budget = {"queries": 1, "tokens": new_tokens, "shots": min(shots, len(examples))}

@@ -119,11 +119,11 @@ def test_held_out_facts_are_not_those_it_was_tuned_on(monkeypatch):
 def test_losses_of_tuning_are_those_of_transformers():
     model = knowing()
     sequences = relearning._sequences(tokenizer(), FACTS[:2])
-    mine = float(relearning._loss(model, sequences))
+    mine = float(relearning._loss(model, sequences).detach())
     ids = torch.tensor([tokens for tokens, _ in sequences])
     labels = ids.clone()
     labels[:, : sequences[0][1]] = -100
-    assert mine == pytest.approx(float(model(input_ids=ids, labels=labels).loss), rel=1e-5)
+    assert mine == pytest.approx(float(model(input_ids=ids, labels=labels).loss.detach()), rel=1e-5)
 
 
 def test_a_forgotten_name_breaks_only_what_is_broken():
@@ -138,7 +138,7 @@ def test_a_forgotten_name_breaks_only_what_is_broken():
 
         def forward(self, input_ids, **options):
             out = self.inner(input_ids=input_ids, **options)
-            out.logits[(input_ids == self.name).any(1)] = 0.0
+            out.logits[(input_ids == self.name).any(1), :, 0] = 50.0
             return out
 
     found, change = distractor.forgotten_name(Jammed(knowing()), tokenizer(), OTHERS, name=f"{SUBJECT} .")
@@ -155,8 +155,8 @@ def test_examples_about_the_subject_itself_are_passed_over(monkeypatch):
     asked = []
     monkeypatch.setattr(prompting, "go_on", lambda m, t, prompts, n, **_: asked.extend(prompts) or [END] * len(prompts))
     prompting.many_shot(knowing(), tokenizer(), FACTS[:1], examples=[*FACTS, *OTHERS], shots=3)
-    texts = tokenizer().decode(asked[0])
-    assert FACTS[1].answer not in texts and all(o.answer in texts for o in OTHERS[:3])
+    text = tokenizer().decode(asked[0])
+    assert text.count(SUBJECT) == 1 and all(f"{o.prompt} {o.answer}" in text for o in OTHERS[:3])
 
 
 END = outputs.Continuation((), "", ())
