@@ -115,7 +115,7 @@ def _scored(logits: Tensor, wanted: Sequence[int], end: int | None) -> Scored:
         raise ModelError("the model gives numbers that are not finite; check it, or load it with another dtype")
     p = log_p.exp()
     mean = (p * log_p).sum(-1)
-    variance = ((p * log_p.square()).sum(-1) - mean.square()).clamp(min=1e-6)
+    variance = (p * (log_p - mean[:, None]).square()).sum(-1).clamp(min=1e-6)
     targets = torch.tensor(wanted, device=logits.device)
     logp = log_p.gather(1, targets[:, None])[:, 0]
     best = log_p.argmax(-1) == targets
