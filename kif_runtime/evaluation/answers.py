@@ -44,13 +44,17 @@ class Scored:
 
 
 def question(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a question up to where the answer begins: one user turn of the chat template with the assistant's
-    turn opened, or else "Question: …\\nAnswer: "."""
+    """The tokens of a question up to where the answer begins (`question_text`)."""
+    opened = question_text(tokenizer, text)
+    return tokenizer(opened, add_special_tokens=not getattr(tokenizer, "chat_template", None))["input_ids"]
+
+
+def question_text(tokenizer: Any, text: str) -> str:
+    """One user turn of the chat template with the assistant's turn opened, or else "Question: …\\nAnswer: "."""
     if not getattr(tokenizer, "chat_template", None):
-        return tokenizer(PLAIN.format(text))["input_ids"]
+        return PLAIN.format(text)
     turns = [{"role": "user", "content": text}]
-    opened = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return tokenizer(opened, add_special_tokens=False)["input_ids"]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def answer(tokenizer: Any, text: str) -> list[int]:
