@@ -48,7 +48,7 @@ def utility(audit: Audit, folder: Path) -> list[dict[str, Any]]:
     for task, name, ask in (("triviaqa_f1", TRIVIA, trivia), ("bbh_em", HARD, hard), ("fluency", FLUENCY, fluency)):
         if (folder / name).is_file():
             fields = {"instruction": str} if task == "fluency" else {"question": str}
-            rows = sampled(read_rows(folder / name, fields), count, audit.random(name))  # type: ignore[type-var]
+            rows = sampled(read_rows(folder / name, fields), count, audit.random(name))
             table.append({"task": task, "questions": len(rows)} | {s.name: ask(audit, s, rows) for s in audit.states})
     return table
 

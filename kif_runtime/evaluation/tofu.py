@@ -56,6 +56,7 @@ def metrics(sets: Sets) -> dict[str, Any]:
     """What one model's measures give by themselves."""
     forget = sets["forget"]
     parts = utility_parts(sets)
+    whole = [value for value in parts.values() if value is not None]
     table: dict[str, Any] = {
         "forget_probability": forget.probability,
         "forget_rouge": _mean(forget.recall),
@@ -65,7 +66,7 @@ def metrics(sets: Sets) -> dict[str, Any]:
         "extraction_strength": _mean(forget.extraction),
         "memorisation": memorisation(forget),
         "parts": parts,
-        "model_utility": tofu_metrics.model_utility(list(parts.values())) if None not in parts.values() else None,
+        "model_utility": tofu_metrics.model_utility(whole) if len(whole) == len(parts) else None,
     }
     if "holdout" in sets:
         table["auc"] = aucs(forget, sets["holdout"])

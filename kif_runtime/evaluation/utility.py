@@ -6,10 +6,11 @@ installed and the caller names some.
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import KifError
 from .answers import score_tokens
@@ -19,6 +20,7 @@ from .statistics import share
 from .text import predicted, sample_text
 from .utility_tasks import Item, load_items
 
+T = TypeVar("T")
 QUICK, FULL = 40, 400
 
 
@@ -54,7 +56,7 @@ def task_files(given: str | os.PathLike[str] | None) -> list[Path]:
     return [path]
 
 
-def sampled(items: Sequence[Item], count: int, random: Any) -> list[Item]:
+def sampled(items: Sequence[T], count: int, random: Any) -> list[T]:
     """At most `count` of them, drawn at random, in the order of the file."""
     if len(items) <= count:
         return list(items)
@@ -95,8 +97,6 @@ def text_by_state(audit: Audit) -> dict[str, float] | None:
     """Perplexity of the running text in windows, by state."""
     if audit.text is None:
         return None
-    import math
-
     ids = sample_text(audit.tokenizer, audit.text, tokens=audit.pick(quick=4096, full=20480)).ids
     return {s.name: math.exp(sum(audit.losses(s, ids)[0]) / predicted(ids)) for s in audit.states}
 

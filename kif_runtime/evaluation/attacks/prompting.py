@@ -53,8 +53,8 @@ def many_shot(
     shots: int = SHOTS,
     new_tokens: int = NEW_TOKENS,
 ) -> Outcome:
-    """Completed sentences about others stand before the question, a line each, in bare text. Examples about the fact's own subject
-    are passed over."""
+    """Completed sentences about others stand before the question, a line each, in bare text. Examples about the fact's
+    own subject are passed over."""
     texts = []
     for fact in facts:
         others = [e for e in examples if e.subject != fact.subject][:shots]
