@@ -1,6 +1,6 @@
 """The pages: self-contained HTML, no script, nothing fetched. One base template, and macros that the pages share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,16 @@ except ImportError:
     raise KifError("pages need jinja2; install it with: pip install 'kif-runtime[report]'") from None
 
 from .describing import describe, quality
+from .picture import bars, charts, numbers
+from .picture import shown as figure_shown
+from .results import compared
 
 if TYPE_CHECKING:
     from kif_runtime import Capsule
 
     from .tracing import Trace
 
+DRAWN = frozenset({"facts", "neighbours", "text", "dual", "attacks"})  # suites that the page has a place for
 FAINTEST = 0.06  # heat below which a token is left uncoloured
 
 
@@ -29,9 +33,17 @@ def demo_page(results: dict[str, Any], capsule: "Capsule", traces: "Sequence[Tra
     return _render("demo.html.jinja", **facts, heat=[heat(trace) for trace in traces])
 
 
-def eval_page(results: dict[str, Any]) -> str:
-    """`results`: what kif eval writes as results.json."""
-    return _render("eval.html.jinja", r=results)
+def eval_page(results: dict[str, Any], beside: "Sequence[tuple[str, Mapping[str, Any]]]" = ()) -> str:
+    """`results`: what kif eval writes as results.json. beside: (label, results) of other models, for comparison."""
+    return _render(
+        "eval.html.jinja",
+        r=results,
+        groups=bars(results["figures"]),
+        charts=charts(results.get("dual")),
+        columns=compared(results, beside) if beside else [],
+        rest={name: numbers(results[name]) for name in results["suites"] if name not in DRAWN},
+        attacks=[attack for name in results["suites"] for attack in (results.get(name) or {}).get("attacks") or ()],
+    )
 
 
 def trace_page(model: str, capsules: "Sequence[Capsule]", traces: "Sequence[Trace]") -> str:
@@ -89,6 +101,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "signed": signed, "marked": marked, "figure": figure}
+    environment.globals["shown"] = figure_shown
     environment.globals["version"] = __version__
     return environment
 

@@ -7,9 +7,10 @@ model only through the audit, so that prompts which several suites ask cost one 
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -74,7 +75,8 @@ class Audit:
     """What suites are given.
 
     before, after: the untouched and the erased model. reference: one that never knew, where there is one. All speak
-    `tokenizer`. facts: about `subjects`; others: about other subjects; text: running text. form: how facts are asked.
+    `tokenizer`. facts: about `subjects`; others: about other subjects; text: running text. data: where a suite that brings
+    no data of its own finds it, by its name. form: how facts are asked.
     quick: less of everything (`pick`). seed: of every random choice (`generator`).
     """
 
@@ -86,6 +88,7 @@ class Audit:
     others: Sequence[Fact] = ()
     text: str | None = None
     reference: State | None = None
+    data: Mapping[str, Path] = field(default_factory=dict)
     form: str = BARE
     least_excess: float = 0.15
     quick: bool = False
@@ -111,7 +114,8 @@ class Audit:
         states = [(state.name, state.key, state.removable) for state in self.states]
         asked: list[Any] = [asdict(subject) for subject in self.subjects]
         asked += [asdict(fact) for fact in (*self.facts, *self.others)]
-        rest = (__version__, self.text, self.form, self.least_excess, self.quick, self.seed)
+        data = sorted((name, str(path)) for name, path in self.data.items())
+        rest = (__version__, self.text, data, self.form, self.least_excess, self.quick, self.seed)
         return hashlib.sha256(json.dumps([states, asked, rest]).encode()).hexdigest()
 
     @contextmanager

@@ -1,35 +1,25 @@
-"""kif eval: what is forgotten and what else changed, as JSON and a page."""
+"""kif eval: the audit. What is forgotten, whether it is gone or only hidden, and what else changed; JSON and a page."""
 
+import hashlib
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from kif_runtime.errors import CapsuleError, KifError
-from kif_runtime.files import reason, shown
-from kif_runtime.ids import slug
+from kif_runtime.errors import KifError, RequestError
+from kif_runtime.files import shown
 
 from .. import options, outputs
 from ..console import out, print_json, progress
 
 if TYPE_CHECKING:
-    from kif_runtime import Capsule
-    from kif_runtime.evaluation.facts import Fact
+    from kif_runtime.evaluation.audit import Audit
 
-
-class Suite(StrEnum):
-    facts = "facts"
-    neighbours = "neighbours"
-    text = "text"
-
-
-OWN_FACTS = Path(__file__).parent.parent / "data" / "facts.jsonl"
+USUAL = ("facts", "neighbours", "dual")
+ALL = "all"
+PARTS = "parts"  # the folder of what is measured so far, inside the output folder
 
 
 def evaluate(
@@ -39,9 +29,19 @@ def evaluate(
     ],
     capsule: options.Capsules = None,
     adapter: options.Adapter = None,
+    erased_model: Annotated[
+        str | None, typer.Option(metavar="M", help="Another model, which somebody erased, to judge instead.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="M", help="A model that never knew, to compare with, where there is one.")
+    ] = None,
     suite: Annotated[
-        list[Suite] | None,
-        typer.Option(help="What to measure; give it again for more. All that has data, if left out."),
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="What to measure; give it again for more: facts, neighbours, text, dual, attacks, tofu, rwku, utility "
+            "(all: the first five). Left out: facts, neighbours, dual, and text where there is some.",
+        ),
     ] = None,
     facts: Annotated[
         Path | None,
@@ -54,157 +54,163 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Running text, for perplexity and false fires.")
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SUITE=PATH", help="The data of a suite that brings none: tofu, rwku, utility."),
+    ] = None,
     form: Annotated[options.Form, typer.Option(help="How facts are asked.")] = "bare",
+    least_excess: Annotated[
+        float, typer.Option(metavar="P", help="A fact is known where it is that much likelier than guessed.")
+    ] = 0.15,
+    quick: Annotated[bool, typer.Option("--quick", help="Ask less of everything.")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of every random choice.")] = 0,
+    against: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Results of another evaluation, to show beside.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Limits, as JSON; exit code 1 where one is not kept.")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(metavar="KEY", help="Write certificate.json, signed with this key; made if missing.")
+    ] = None,
+    with_names: Annotated[
+        bool, typer.Option("--with-names", help="Leave names, questions and answers in what is written.")
+    ] = False,
     max_false_fire: options.MaxFalseFire = None,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Measure what is forgotten, and what else changed.
+    """Audit an erasure: is it gone, or only hidden, and what did it cost?
 
-    Knowledge kept, neighbours and running text, before and after an erasure.
+    Exit code 1 where a policy is not kept. An audit that was stopped goes on where it was, in the same folder.
     """
-    if not capsule and adapter is None:
-        raise KifError("nothing to evaluate; give an erasure with --capsule FILE or --adapter DIR")
-    suites = set(suite or [s for s in Suite if text is not None or s is not Suite.text])
-    if Suite.text in suites and text is None:
-        raise KifError("the suite text needs running text; give --text FILE")
+    erasures = [bool(capsule) or adapter is not None, erased_model is not None]
+    if sum(erasures) != 1:
+        what = "two erasures at once" if all(erasures) else "nothing to evaluate"
+        raise KifError(f"{what}; give an erasure with --capsule FILE or --adapter DIR, or another --erased-model M")
+    names = _suites(suite, text)
     outputs.check_folder(output)
-    from ..loading import attached, check_fit, load_capsules, open_model
+    if certificate is not None and "facts" not in names:
+        raise KifError("a certificate states a verdict; add --suite facts")
+    from kif_runtime.evaluation.audit import Audit
+    from kif_runtime.evaluation.policy import load_policy
+    from kif_runtime.evaluation.suites import run_suites
+    from kif_runtime.evaluation.suites import suite as known_suite
+
+    from ..auditing import Compared, read_given, states_of
+    from ..loading import load_capsules
     from ..pages import eval_page
+    from ..privacy import cleaner
+    from ..results import load_results, print_results, results
 
+    for name in names:
+        known_suite(name)
+    sets = _data(data)
+    demands = load_policy(policy) if policy is not None else None
+    beside = [(folder.name, load_results(folder)) for folder in against or ()]
     capsules = load_capsules(capsule)
-    about, others = _split(capsules, facts, neighbours)
-    passage = _read(text) if Suite.text in suites and text else None
-    loaded, tokenizer = open_model(model, adapter=adapter, device=device)
-    check_fit(capsules, capsule or (), loaded)
-    from kif_runtime.evaluation.run import evaluate as measure
-
-    @contextmanager
-    def erased() -> Iterator[Any]:
-        with _with_adapter(loaded, adapter), attached(loaded, capsules, max_false_fire) as kif:
-            yield kif
-
+    given = read_given(capsules, facts, neighbours, text if "text" in names else None)
     begun = time.perf_counter()
-    with _without_adapter(loaded, adapter), progress() as report:
-        others = others if Suite.neighbours in suites else []
-        table = measure(
-            loaded, tokenizer, erased, facts=about, neighbours=others, text=passage, form=form, progress=report
+    with progress() as report:
+        states = states_of(Compared(model, adapter, erased_model, reference, capsules, max_false_fire), capsule, device)
+        audit = Audit(
+            *states.both,
+            states.tokenizer,
+            given.subjects,
+            given.facts,
+            given.others,
+            given.text,
+            states.reference,
+            sets,
+            form=form,
+            least_excess=least_excess,
+            quick=quick,
+            seed=seed,
+            progress=report,
         )
-    results = _results(model, adapter, capsules, max_false_fire, sorted(suites), table, time.perf_counter() - begun)
-    outputs.make_folder(output)
-    outputs.write_json(output / "results.json", results)
-    outputs.write_text(output / "report.html", eval_page(results))
-    if json:
-        print_json(results)
-    else:
-        _print(table)
-        out().print(f"figures  {output / 'results.json'}")
-        out().print(f"page     {(output / 'report.html').resolve().as_uri()}")
-
-
-def _split(
-    capsules: "Sequence[Capsule]", facts: Path | None, neighbours: Path | None
-) -> "tuple[list[Fact], list[Fact]]":
-    """Facts about what is erased, and about others. Public ids tell which is which."""
-    from kif_runtime.evaluation.facts import load_facts
-
-    found = load_facts(facts or OWN_FACTS)
-    if neighbours is not None:
-        return found, load_facts(neighbours)
-    ids = {id for c in capsules for id in (c.id, *(slug(name) for name in (c.name, *c.aliases) if name))}
-    about = [fact for fact in found if _id(fact) in ids]
-    if not about:
-        where = f"no fact in {shown(facts)}" if facts else "no built-in fact"
-        raise KifError(
-            f"{where} is known to be about what is erased; give those facts with --facts FILE, others with --neighbours"
+        clean = (
+            (lambda table: table) if with_names else cleaner(given.subjects, [fact.subject for fact in given.others])
         )
-    return about, [fact for fact in found if _id(fact) not in ids]
-
-
-def _id(fact: "Fact") -> str | None:
-    """The id that a public capsule of the fact's subject has."""
-    try:
-        return slug(fact.subject)
-    except CapsuleError:  # no letter in it
-        return None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise KifError(f"cannot read {shown(path)}: it is not UTF-8 text; convert it") from None
-    except OSError as failure:
-        raise KifError(f"cannot read {shown(path)}: {reason(failure)}") from None
-
-
-@contextmanager
-def _without_adapter(model: Any, adapter: Path | None) -> Iterator[None]:
-    """'Before' is the model without its adapter."""
-    if adapter is not None:
-        model.base_model.disable_adapter_layers()
-    yield
-
-
-@contextmanager
-def _with_adapter(model: Any, adapter: Path | None) -> Iterator[None]:
-    if adapter is None:
-        yield
-        return
-    model.base_model.enable_adapter_layers()
-    try:
-        yield
-    finally:
-        model.base_model.disable_adapter_layers()
-
-
-def _results(
-    model: str,
-    adapter: Path | None,
-    capsules: "Sequence[Capsule]",
-    max_false_fire: float | None,
-    suites: list[str],
-    table: dict[str, Any],
-    seconds: float,
-) -> dict[str, Any]:
-    from kif_runtime import __version__
-
-    return {
-        "kif": __version__,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "seconds": round(seconds, 1),
+        _check_known(audit, names, facts)
+        tables = run_suites(audit, names, folder=output / PARTS, clean=clean)
+    about = {
+        "seconds": round(time.perf_counter() - begun, 1),
+        "names": with_names,
         "model": model,
         "adapter": None if adapter is None else str(adapter),
+        "erased_model": erased_model,
+        "reference": reference,
         "max_false_fire": max_false_fire,
         "capsules": [{"id": c.id, "digest": c.digest, "bytes": c.nbytes} for c in capsules],
-        "suites": suites,
-        **table,
     }
+    found = results(audit, tables, clean(about))
+    if demands is not None and policy is not None:
+        found["policy"] = _judged(demands, policy, found, tables)
+    outputs.make_folder(output)
+    outputs.write_json(output / "results.json", found)
+    outputs.write_text(output / "report.html", eval_page(found, beside))
+    if certificate is not None:
+        _certify(found, audit, output, certificate)
+    if json:
+        print_json(found)
+    else:
+        print_results(found)
+        out().print(f"figures  {output / 'results.json'}")
+        out().print(f"page     {(output / 'report.html').resolve().as_uri()}")
+    if found["policy"] and not found["policy"]["passed"]:
+        raise typer.Exit(1)
 
 
-def _print(table: dict[str, Any]) -> None:
-    rows: list[tuple[str, str]] = []
-    for key, what in (
-        ("kept", "knowledge kept"),
-        ("kept_first", "  name at the start"),
-        ("kept_later", "  name later"),
-    ):
-        found = table[key]
-        if "mean" in found:
-            low, high = found["interval"]
-            rows.append((what, f"{found['mean']:+.3f}  [{low:+.3f}, {high:+.3f}]  over {found['facts']} facts"))
-            rows.append(("  beyond ±0.2", f"{100 * found['beyond']:.1f} %"))
-        elif key == "kept":
-            rows.append((what, f"no fact was known beforehand (excess of at least {table['least_excess']:g})"))
-    if found := table["neighbours"]:
-        rows.append(("neighbours, mean |Δp|", f"{found['mean']:.5f}  over {found['facts']} facts"))
-    if found := table["text"]:
-        rows.append(
-            ("perplexity", f"{found['before']:.3f} → {found['after']:.3f}  ({100 * (found['ratio'] - 1):+.3f} %)")
+def _suites(chosen: Sequence[str] | None, text: Path | None) -> list[str]:
+    """The names of the suites to run, in the order given. Raises KifError for one that lacks its text."""
+    given = ["text"] if text is not None else []
+    names = [name for one in chosen or USUAL for name in ((*USUAL, *given, "attacks") if one == ALL else (one,))]
+    names = list(dict.fromkeys(names + (given if not chosen else [])))
+    if "text" in names and text is None:
+        raise KifError("the suite text needs running text; give --text FILE")
+    return names
+
+
+def _data(given: Sequence[str] | None) -> dict[str, Path]:
+    """SUITE=PATH pairs. Raises RequestError for what is none, and for a path that is not there."""
+    found = {}
+    for pair in given or ():
+        name, sign, path = pair.partition("=")
+        if not sign or not name or not path:
+            raise RequestError(f"--data takes SUITE=PATH, as in tofu=data/tofu; got {shown(pair, 60)!r}")
+        if not Path(path).exists():
+            raise KifError(f"cannot read {shown(path)}: no such file or folder; check the path")
+        found[name] = Path(path)
+    return found
+
+
+def _check_known(audit: "Audit", names: Sequence[str], facts: Path | None) -> None:
+    """Raise KifError where the untouched model knows none of the facts: there was nothing to erase."""
+    if not set(names) <= {"neighbours", "text", "utility"} and not audit.known():
+        where = shown(facts) if facts else "the built-in file"
+        raise KifError(
+            f"the model knows none of the {len(audit.facts)} facts in {where}: no answer is {audit.least_excess:g} "
+            "likelier than guessed; give facts that it knows, or a smaller --least-excess"
         )
-        if found["touched_share"] is not None:
-            rows.append(("tokens touched", f"{found['touched_share']:.2e} of {found['tokens']:,}"))
-    grid = Table.grid(padding=(0, 2))
-    for what, value in rows:
-        grid.add_row(what, value)
-    out().print(grid)
+
+
+def _judged(
+    demands: Mapping[str, Any], file: Path, found: Mapping[str, Any], tables: Mapping[str, Any]
+) -> dict[str, Any]:
+    import hashlib
+
+    from kif_runtime.evaluation.policy import judge
+
+    if found["verdict"] is None:
+        raise KifError("a policy judges a verdict; add --suite facts")
+    checks = judge(demands, found["verdict"], tables)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    return {"digest": digest, "passed": all(check["passed"] for check in checks), "checks": checks}
+
+
+def _certify(found: Mapping[str, Any], audit: "Audit", folder: Path, key: Path) -> None:
+    from ..certificate import certificate
+
+    models = {state.name: hashlib.sha256(state.key.encode()).hexdigest() for state in audit.states}
+    record = certificate(found, (folder / "results.json").read_bytes(), models, key)
+    outputs.write_json(folder / "certificate.json", record)
