@@ -32,7 +32,7 @@ def run(audit: Audit) -> dict[str, Any]:
     """
     files = task_files(audit.data.get("utility"))
     if not files and audit.text is None:
-        raise KifError("utility needs multiple-choice files or running text; give --utility FOLDER or --text FILE")
+        raise KifError("utility needs multiple-choice files or running text; give --data utility=FOLDER or --text FILE")
     tasks = []
     for path in files:
         items = sampled(load_items(path), audit.pick(quick=QUICK, full=FULL), audit.random(f"utility:{path.name}"))
@@ -105,14 +105,16 @@ def harness_tasks(model: Any, tokenizer: Any, names: Sequence[str], *, limit: in
     """The results of lm-evaluation-harness on its own tasks. Raises KifError where it is not installed or its data
     cannot be had: then use local files."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise KifError("lm-evaluation-harness is not installed; pip install lm-eval, or give --utility FOLDER instead")
+        raise KifError(
+            "lm-evaluation-harness is not installed; pip install lm-eval, or give --data utility=FOLDER instead"
+        )
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     try:
         found = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(names), limit=limit)
     except Exception as failure:  # it downloads its data; whatever fails there, its tasks cannot be run
-        raise KifError(f"lm-evaluation-harness failed ({failure}); give --utility FOLDER instead") from failure
+        raise KifError(f"lm-evaluation-harness failed ({failure}); give --data utility=FOLDER instead") from failure
     return found["results"]
 
 
