@@ -87,7 +87,8 @@ def exact_memorisation(scored: Scored) -> float:
 
 def extraction_strength(scored: Scored) -> float:
     """1 − k/|y|, k the length of the shortest part of the answer after which all its tokens are the likeliest; the end
-    token left out. Where the last token is not, k is |y| − 1 as in open-unlearning's code, so this is never 0, and always 1 for an answer of one token."""
+    token left out. Where the last token is not, k is |y| − 1 as in open-unlearning's code, so this is never 0, and
+    always 1 for an answer of one token."""
     best = scored.words.best.tolist()
     k = next((k for k in range(len(best)) if all(best[k:])), len(best) - 1)
     return 1 - k / len(best)
