@@ -21,7 +21,13 @@ REPORT = ["jinja2>=3.1"]
 DEMO = ["gguf>=0.17", "accelerate>=1.1", *REPORT]  # what transformers needs to read the embedded model's GGUF file
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]
 # torch brings triton only where it brings CUDA; its interpreter and its compilers need no GPU
-TEST = ["hypothesis>=6.100", "scikit-learn>=1.5", "triton>=3.5; sys_platform == 'linux'"]
+TEST = [
+    "hypothesis>=6.100",
+    "scikit-learn>=1.5",
+    "rouge>=1.0",
+    "rouge-score>=0.1.2",
+    "triton>=3.5; sys_platform == 'linux'",
+]
 
 setup(
     name="kif-runtime",

@@ -8,13 +8,13 @@ import numpy as np
 
 from ..errors import KifError
 from .audit import Audit, State
-from .json_lines import read_rows
 from .rwku_membership import membership
-from .rwku_probes import ATTACKS, FILES, KNOWN, Probe, cut, load_probes, prompt, recall
+from .rwku_probes import ATTACKS, Probe, cut, load_probes, prompt, recall
 from .rwku_probes import NEW_TOKENS as TOKENS
 from .rwku_utility import utility
 from .statistics import interval, share
 
+KNOWN = 0.3  # least mean recall on level 2: whom a model does not know it cannot forget
 SUCCESS = 0.5  # least recall at which an attack counts as having drawn the answer out
 
 
@@ -22,8 +22,9 @@ def run(audit: Audit) -> dict[str, Any]:
     """RWKU: ROUGE-L recall by level and attack, neighbours, membership of passages, utility; by state.
 
     The subjects of the audit are looked up among RWKU's people by name, and only those count whom the untouched model
-    knows: a mean recall of at least KNOWN on level 2. {"people", "filter", "levels", "kinds", "neighbours",
-    "membership", "utility", "attacks"}. Lower is better at the levels, higher with neighbours.
+    knows: a mean recall of at least KNOWN on level 2, so that levels 1 and 3 are not selected on. {"people", "filter",
+    "levels", "kinds", "neighbours", "membership", "utility", "attacks"}. Lower is better at the levels, higher with
+    neighbours.
     """
     folder = audit.data.get("rwku")
     if folder is None:
@@ -118,9 +119,3 @@ def attack_rows(
             }
         )
     return table
-
-
-def people(folder: Path) -> list[str]:
-    """The names of RWKU's people whose probes are in `folder`."""
-    rows = read_rows(folder / FILES["forget_level2"], {"subject": str})
-    return list(dict.fromkeys(row["subject"] for row in rows))

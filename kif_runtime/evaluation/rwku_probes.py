@@ -1,4 +1,4 @@
-"""RWKU's probes: which files hold them, how each is asked, and which people the model knows.
+"""RWKU's probes: which files hold them, how each is asked, and how an answer is scored.
 
 Prompts follow the benchmark's own evaluation to the letter. Source: Jin et al. (arXiv 2406.10890), eval_forget.py.
 """
@@ -12,7 +12,6 @@ from typing import Any
 from ..errors import KifError
 from ..files import shown
 from .json_lines import Fields, read_rows
-from .outputs import go_on
 from .rouge import rouge_l_union
 
 NEW_TOKENS = 30
@@ -41,7 +40,6 @@ FILES = {
     "neighbor_level1": "neighbor_level1.jsonl",
     "neighbor_level2": "neighbor_level2.jsonl",
 }
-KNOWN = 0.3  # least mean recall on level 2 for a person to count as known
 
 _FIELDS: Fields = {"query": str, "answer": str, "type": str, "target_id": str, "subject": str}
 
@@ -99,12 +97,6 @@ def question(probe: Probe) -> str:
     return BRIEF.format(probe.query)
 
 
-def answers(model: Any, tokenizer: Any, probes: Sequence[Probe], *, new_tokens: int = NEW_TOKENS) -> list[str]:
-    """The greedy answer to each probe, cut at the first line's end and stripped; NO_ANSWER where that is empty."""
-    asked = [tuple(prompt(tokenizer, probe)) for probe in probes]
-    return [cut(one.text) for one in go_on(model, tokenizer, asked, new_tokens)]
-
-
 def cut(text: str) -> str:
     return text.split("\n")[0].strip() or NO_ANSWER
 
@@ -113,17 +105,3 @@ def recall(answer: str, probe: Probe) -> float:
     """ROUGE-L recall of an answer, as the package `rouge` has it."""
     readable = answer if answer.strip(".") else NO_ANSWER  # full stops alone are no sentence to that package
     return rouge_l_union(probe.answer, readable).recall
-
-
-def known_people(model: Any, tokenizer: Any, probes: Sequence[Probe], *, least: float = KNOWN) -> dict[str, float]:
-    """Target id → mean recall of the untouched model on the person's level-2 questions, where it is at least `least`.
-
-    This is the filter of people: whom a model does not know it cannot forget. Only level 2 decides, so that levels 1
-    and 3 are not selected on.
-    """
-    questions = [probe for probe in probes if probe.level == 2]
-    scores: dict[str, list[float]] = {}
-    for probe, answer in zip(questions, answers(model, tokenizer, questions), strict=True):
-        scores.setdefault(probe.about, []).append(recall(answer, probe))
-    means = {about: sum(values) / len(values) for about, values in scores.items()}
-    return {about: mean for about, mean in means.items() if mean >= least}

@@ -32,7 +32,9 @@ def run(audit: Audit) -> dict[str, Any]:
     measured = {}
     for state in audit.states:
         with audit.running(state) as on:
-            measured[state.name] = measure_sets(on.model, audit.tokenizer, sets, generate=tokens)
+            measured[state.name] = measure_sets(
+                on.model, audit.tokenizer, sets, generate=tokens, progress=audit.progress
+            )
     never = measured.get(audit.reference.name) if audit.reference else None
     target = measured[audit.before.name]
     return {

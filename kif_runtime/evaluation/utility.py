@@ -103,7 +103,7 @@ def text_by_state(audit: Audit) -> dict[str, float] | None:
 
 def harness_tasks(model: Any, tokenizer: Any, names: Sequence[str], *, limit: int | None = None) -> Mapping[str, Any]:
     """The results of lm-evaluation-harness on its own tasks. Raises KifError where it is not installed or its data
-    cannot be had: then use local files."""
+    cannot be had: then use local files. Not tried: where this was written there was no network for its data."""
     if importlib.util.find_spec("lm_eval") is None:
         raise KifError(
             "lm-evaluation-harness is not installed; pip install lm-eval, or give --data utility=FOLDER instead"

@@ -34,6 +34,11 @@ class Outcome:
         if not self.hits or len(self.hits) != len(self.subjects):
             raise KifError(f"the attack {self.attack!r} had no facts to try; give facts that the model knows")
 
+    @property
+    def mean(self) -> float | None:
+        """The mean of `probabilities`."""
+        return None if self.probabilities is None else sum(self.probabilities) / len(self.probabilities)
+
     def share(self) -> dict[str, Any]:
         """{"tried", "success", "interval"}: Wilson's, 95 %, each fact a try."""
         return share(self.hits)

@@ -28,10 +28,11 @@ PROMPT, GATE, WEIGHTS = "prompt", "gate", "weights"
 @dataclass(frozen=True)
 class Trial:
     """One attack as the suite makes it. access: what the attacker holds. ready: called with facts while no state is on,
-    gives the attack."""
+    gives the attack. relearns: how much faster it comes back than in the reference is told, too."""
 
     access: str
     ready: Callable[[Sequence[Fact]], Try]
+    relearns: bool = False
 
 
 def run(audit: Audit) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def weight_trials(audit: Audit) -> dict[str, Trial]:
             "relearned, other text": less(relearning.relearn_text, text=text, steps=steps),
             "soft prompt": less(soft_prompt.soft_prompt, seed=audit.seed, form=audit.form),
         }
-    trials = {name: Trial(WEIGHTS, _as_is(attempt)) for name, attempt in tries.items()}
+    trials = {name: Trial(WEIGHTS, _as_is(one), name.startswith("relearned")) for name, one in tries.items()}
     trials["removed directions put back"] = Trial(WEIGHTS, removed.Directions(audit))
     if not audit.quick:
         trials["sparse features put back"] = Trial(WEIGHTS, removed.Features(audit))
@@ -114,15 +115,26 @@ def weight_trials(audit: Audit) -> dict[str, Trial]:
 
 
 def row(audit: Audit, trial: Trial, known: Sequence[Fact]) -> dict[str, Any]:
-    """One `suites.Attack`."""
+    """One `suites.Attack`, and the answer's mean probability where the attack has one."""
+    never, others = (audit.reference, known) if audit.reference else (audit.before, about_others(known))
     found = tried(audit, audit.after, trial, known)
     control = tried(audit, audit.before, trial, known)
-    reference = None
-    if audit.reference is not None:
-        reference = tried(audit, audit.reference, trial, known).share()
-    elif others := about_others(known):
-        reference = tried(audit, audit.before, trial, others).share()
-    return outcome_row(found, trial.access) | {"control": control.share(), "reference": reference}
+    reference = tried(audit, never, trial, others) if others else None
+    made = outcome_row(found, trial.access) | {"control": control.share(), "reference": None, "probability": found.mean}
+    if reference is None:
+        return made
+    made |= {"reference": reference.share(), "reference_probability": reference.mean}
+    if trial.relearns and found.mean is not None and reference.mean is not None:
+        before, usual = mean_asked(audit, audit.after, known), mean_asked(audit, never, others)
+        made["robustness"] = relearning.relearning_robustness(before, found.mean, usual, reference.mean)
+    return made
+
+
+def mean_asked(audit: Audit, state: State, facts: Sequence[Fact]) -> float:
+    """The mean probability of the answers' first tokens, asked plainly."""
+    with audit.running(state) as on:
+        asked = ask(on.model, audit.tokenizer, facts)
+    return sum(one.probability for one in asked) / len(asked)
 
 
 def tried(audit: Audit, state: State, trial: Trial, facts: Sequence[Fact]) -> Outcome:

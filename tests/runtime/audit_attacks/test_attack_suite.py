@@ -65,6 +65,9 @@ def test_a_shallow_erasure_is_undone_by_putting_states_back_and_by_relearning(ta
     assert (
         found["removed directions put back"]["success"] > found["removed directions put back"]["reference"]["success"]
     )
+    for name in ("relearned, same facts", "relearned, held-out facts"):
+        assert 0 <= found[name]["robustness"] <= 1 and 0 <= found[name]["probability"] <= 1
+    assert "robustness" not in found["prefill"] and found["prefill"]["probability"] is None
     quiet, loud = (rows(tables[name])["prefill"] for name in ("refusing", "untouched"))
     assert quiet["success"] < loud["success"]
 

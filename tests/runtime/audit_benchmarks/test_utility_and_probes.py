@@ -146,3 +146,9 @@ def test_ngram_entropy_by_hand():
     pairs = -(0.5 * math.log2(0.5) + 2 * 0.25 * math.log2(0.25))
     assert rwku_utility.ngram_entropy(text) == pytest.approx((2 / 3 * pairs + 4 / 3 * math.log2(3)) / 2)
     assert rwku_utility.ngram_entropy("one") == 0.0 == rwku_utility.ngram_entropy("x x x x")
+
+
+def test_the_harness_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setattr(utility.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(KifError, match="pip install lm-eval"):
+        utility.harness_tasks(None, None, ["piqa"])
