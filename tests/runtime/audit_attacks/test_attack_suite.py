@@ -1,4 +1,4 @@
-"""The suite `attacks` on models whose truth is known."""
+"""The suite `attacks` on models whose truth is known. What runs every attack on several models is marked slow."""
 
 import json
 
@@ -10,6 +10,15 @@ from mining import check_unchanged, snapshot
 from kif_runtime import KifError
 from kif_runtime.evaluation.attacks import run
 from kif_runtime.evaluation.audit import Audit, Subject, bare
+
+
+def test_a_quick_audit_of_a_model_that_never_saw_the_facts_draws_nothing_out():
+    table = run(audited(bare(never_knew(), "after")))
+    json.dumps(table, allow_nan=False)
+    assert not table["not_tried"] and len(table["attacks"]) >= 10
+    for row in table["attacks"]:
+        assert row["control"]["success"] > 0.2, row["name"]
+        assert row["success"] == row["reference"]["success"], row["name"]
 
 
 def audited(after, reference=True, **options):
@@ -36,6 +45,7 @@ def rows(table):
     return {row["name"]: row for row in table["attacks"]}
 
 
+@pytest.mark.slow
 def test_the_table_is_json_and_each_row_is_whole(tables):
     for table in tables.values():
         json.dumps(table, allow_nan=False)
@@ -46,6 +56,7 @@ def test_the_table_is_json_and_each_row_is_whole(tables):
             assert row["control"]["tried"] == 3 and row["reference"]["tried"] == 3
 
 
+@pytest.mark.slow
 def test_controls_work_on_the_untouched_model(tables):
     for row in tables["refusing"]["attacks"]:
         assert row["control"]["success"] > 0.2, row["name"]
@@ -53,12 +64,14 @@ def test_controls_work_on_the_untouched_model(tables):
         assert row["success"] == row["control"]["success"], row["name"]
 
 
+@pytest.mark.slow
 def test_nothing_is_drawn_out_of_a_model_that_never_saw_the_facts(tables):
     taught = {"relearned, same facts"}  # that one is told them
     for row in tables["never knew"]["attacks"]:
         assert row["name"] in taught or row["success"] <= 1 / 3, row["name"]
 
 
+@pytest.mark.slow
 def test_a_shallow_erasure_is_undone_by_putting_states_back_and_by_relearning(tables):
     found = rows(tables["refusing"])
     assert found["prefill"]["success"] == 0.0
@@ -72,11 +85,13 @@ def test_a_shallow_erasure_is_undone_by_putting_states_back_and_by_relearning(ta
     assert quiet["success"] < loud["success"]
 
 
+@pytest.mark.slow
 def test_a_quick_audit_tries_less(tables):
     assert set(rows(tables["untouched"])) < set(rows(tables["refusing"]))
     assert {"soft prompt", "sparse features put back"} <= set(rows(tables["refusing"]))
 
 
+@pytest.mark.slow
 def test_a_gate_is_taken_off_and_its_weights_are_not_attacked():
     from auditing import audit
 
@@ -88,6 +103,7 @@ def test_a_gate_is_taken_off_and_its_weights_are_not_attacked():
     assert table["not_tried"][0]["name"] == "weights"
 
 
+@pytest.mark.slow
 def test_a_forgotten_name_is_reported_by_state(tables):
     told = tables["untouched"]["forgotten_name"]
     assert [row["state"] for row in told] == ["before", "after", "reference"]
@@ -100,6 +116,7 @@ def test_facts_that_nobody_knows_are_refused():
         run(Audit(unknown, bare(never_knew(), "after"), tokenizer(), [Subject(SUBJECT)], FACTS, OTHERS[:4]))
 
 
+@pytest.mark.slow
 def test_what_lacks_its_data_is_named_and_the_rest_goes_on():
     table = run(audited(bare(refusing(), "after"), quick=False, text=None))
     assert {row["name"] for row in table["not_tried"]} == {"relearned, other text", "sparse features put back"}
