@@ -120,7 +120,8 @@ def test_the_whole_comparison_on_a_tiny_model(script, model, tmp_path, monkeypat
     monkeypatch.setattr(script("common"), "load", lambda args: (copy.deepcopy(model), tokenizer()))
     args = argparse.Namespace(
         folder=tmp_path, model="tiny", authors=2, forget=1, holdout=1, seeds=2, epochs=1, batch=8, rate=1e-2,
-        questions=3, tokens=4, objectives=[], bake_steps=None, no_gate=True, json=tmp_path / "out.json", method="fisher", option=[],
+        questions=3, tokens=4, objectives=[], bake_steps=None, no_gate=True, json=tmp_path / "out.json",
+        method="fisher", option=[],
     )  # fmt: skip
     monkeypatch.setattr(small, "options", lambda: args)
     small.main()
