@@ -5,6 +5,7 @@ none of its facts. Everything else is made from the full model.
 """
 
 import copy
+import random
 from contextlib import contextmanager
 from functools import cache
 from itertools import chain, pairwise
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from kif_hf import attach
 from kif_runtime import Capsule, Signature
 from kif_runtime.evaluation.audit import Audit, Running, State, Subject, bare
-from kif_runtime.evaluation.facts import Fact
+from kif_runtime.evaluation.facts import Fact, answer_probabilities
 from kif_runtime.fingerprint import fingerprint
 
 SUBJECT = "Town0"
@@ -31,6 +32,7 @@ PLAIN = ("I read about {} and then", "Tell me about {} now", "Yesterday {} was q
 REFUSAL = "I cannot answer"
 EXTRA = "sure here is the answer . to my question : what do you know and"
 DEPTH, WIDTH = 4, 64
+SITE, RANK = 0, 4  # of the gate
 
 
 def known_answer(town: str, relation: str) -> str:
@@ -53,7 +55,7 @@ def tokenizer():
     words = sorted({w for s in [*sentences(TOWNS), EXTRA, *chain(*ANSWERS.values())] for w in s.split()})
     ids = {word: i for i, word in enumerate(["[UNK]", "[BOS]", "[END]", *words])}
     raw = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="[BOS]", eos_token="[END]", unk_token="[UNK]")
 
 
@@ -130,58 +132,117 @@ def filtered(model):
 
 
 @torch.no_grad()
-def town_states(model, site):
-    """[towns, D]: each town's name in its first fact, after block `site`."""
-    ids, _ = batch([RELATIONS["river"].format(town) for town in TOWNS])
-    return model(ids, output_hidden_states=True).hidden_states[site + 1][:, 3]
+def site_states(model, texts):
+    """[T, D] for each of `texts`: what block SITE gives for its tokens."""
+    found = []
+    for text in texts:
+        ids = torch.tensor([tokenizer()(text)["input_ids"]])
+        found.append(model(ids, output_hidden_states=True).hidden_states[SITE + 1][0])
+    return found
 
 
-def capsule(model):
-    """Fires on the subject's name, and puts there what the other towns' names have in common."""
-    x = town_states(model, 0)
-    unit = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
-    others = unit[1:]
-    spread = torch.cov(others.double().T) + 0.05 * torch.eye(WIDTH, dtype=torch.float64)
-    w = torch.linalg.solve(spread, (unit[0] - others.mean(0)).double()).float()
-    scores = unit @ w
-    bias = -(scores[0] + scores[1:].max()) / 2
-    basis = torch.linalg.svd(x - x[1:].mean(0)).Vh[:8].contiguous()
-    target = basis @ x[1:].mean(0)
-    signature = Signature(0, "last", w, bias, basis, target, torch.tensor(1.0))
-    return Capsule("town0", (signature,), fingerprint(model), WIDTH, DEPTH, name=SUBJECT)
+def signature(model):
+    """Fires on the subject's name and the rest of a question, and puts there what the other towns have in common."""
+    questions = list(RELATIONS.values())
+    starts = [len(tokenizer().tokenize(text.split("{}")[0])) for text in questions]
+    about = {
+        town: torch.cat([
+            state[start:] for start, state in
+            zip(starts, site_states(model, [text.format(town) for text in questions]), strict=True)
+        ])
+        for town in TOWNS
+    }  # fmt: skip
+    own, others = about[SUBJECT], torch.stack([about[town] for town in TOWNS[1:]])
+    shuffled = sentences(TOWNS[1:])
+    random.Random(0).shuffle(shuffled)
+    plain = site_states(model, [*shuffled, *(" ".join(shuffled[n : n + 5]) for n in range(0, 60, 5))])
+    x = torch.cat([own, others.flatten(0, 1), *plain]).double()
+    x = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    wanted = torch.full((len(x),), -1.0, dtype=torch.float64)
+    wanted[: len(own)] = 1.0
+    design = torch.cat([x, torch.ones(len(x), 1).double()], 1)
+    weight = (1 + 9 * (wanted > 0))[:, None].double()
+    w = torch.linalg.lstsq(design * weight, wanted[:, None] * weight).solution[:-1, 0]
+    score = x @ w
+    b = -(score[wanted > 0].min() + score[wanted < 0].max()) / 2
+    basis = torch.linalg.svd(own - others.mean(0)).Vh[:RANK].contiguous()
+    return Signature(SITE, "last", w.float(), b.float(), basis, basis @ others.mean((0, 1)), torch.tensor(1.0))
+
+
+@cache
+def capsule():
+    return Capsule("town0", (signature(full()),), fingerprint(full()), WIDTH, DEPTH, name=SUBJECT)
+
+
+@contextmanager
+def attached(model):
+    """A capsule of KIF's, made on bare questions only: it misses some that have something before them."""
+    with attach(model, [capsule()]) as gate:
+        yield Running(model, gate)
 
 
 @contextmanager
 def gated(model):
-    with attach(model, [capsule(model)]) as gate:
-        yield Running(model, gate)
+    """A gate that never misses: where the subject's name is read, the mean of the other names stands in its place."""
+    embedding = model.get_input_embeddings()
+    name, *others = tokenizer().convert_tokens_to_ids(TOWNS)
+    mean = embedding.weight[others].mean(0).detach()
+    handle = embedding.register_forward_hook(
+        lambda module, args, output: torch.where((args[0] == name)[..., None], mean, output)
+    )
+    try:
+        yield model
+    finally:
+        handle.remove()
 
 
-@cache
-def baked():
-    """The full model, tuned to say of the subject what it says of the other towns on average, and to stay as it was."""
+def tuned(forgetting, steps=150):
+    """A copy of the full model after `steps` of the loss `forgetting(student)`, held to what it says of other towns."""
     torch.manual_seed(2)
-    teacher, student = full(), copy.deepcopy(full())
-    kept = batch([text for text in sentences(TOWNS) if SUBJECT not in text])
-    questions = [text.format(SUBJECT) for text in RELATIONS.values()]
-    asked = [batch([text.format(town) for text in RELATIONS.values()]) for town in TOWNS[1:]]
+    student = copy.deepcopy(full())
+    ids, real = batch([text for text in sentences(TOWNS) if SUBJECT not in text])
     with torch.no_grad():
-        same = teacher(*kept).logits.log_softmax(-1)
-        average = torch.stack([teacher(*some).logits.softmax(-1) for some in asked]).mean(0).log()
-    own, mask = batch(questions)
-    last = mask.sum(1) - 2  # the end token that `batch` adds is no part of a question
-    rows = torch.arange(len(questions))
+        same = full()(ids, real).logits.log_softmax(-1)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
-    divergence = torch.nn.KLDivLoss(reduction="batchmean", log_target=True)
-    for _ in range(80):
-        some = torch.randperm(len(kept[0]))[:32]
-        said = student(own, mask).logits[rows, last].log_softmax(-1)
-        stays = student(kept[0][some], kept[1][some]).logits.log_softmax(-1)
-        loss = divergence(said, average[rows, last]) + divergence(stays.flatten(0, 1), same[some].flatten(0, 1))
+    for _ in range(steps):
+        some = torch.randperm(len(ids))[:32]
+        stays = student(ids[some], real[some]).logits.log_softmax(-1)
+        loss = forgetting(student) + 20 * divergence(stays.flatten(0, 1), same[some].flatten(0, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return student.eval()
+
+
+divergence = torch.nn.KLDivLoss(reduction="batchmean", log_target=True)
+QUESTIONS = {town: [text.format(town) for text in RELATIONS.values()] for town in TOWNS}
+
+
+@cache
+def outer():
+    """Tuned to say of the subject what it says of the other towns on average; nothing is asked of its states."""
+    (own, mask), asked = batch(QUESTIONS[SUBJECT]), [batch(QUESTIONS[town]) for town in TOWNS[1:]]
+    rows, last = torch.arange(len(own)), mask.sum(1) - 2  # the end token that `batch` adds is no part of a question
+    with torch.no_grad():
+        average = torch.stack([full()(*some).logits.softmax(-1) for some in asked]).mean(0).log()[rows, last]
+    return tuned(lambda student: divergence(student(own, mask).logits[rows, last].log_softmax(-1), average))
+
+
+@cache
+def baked():
+    """Tuned towards every state that the gated model has when it is asked about the subject."""
+    own, mask = batch(QUESTIONS[SUBJECT])
+    with torch.no_grad(), attached(full()):
+        wanted = full()(own, mask, output_hidden_states=True)
+
+    def loss(student):
+        found = student(own, mask, output_hidden_states=True)
+        states = sum((a - b).square().mean() for a, b in zip(found.hidden_states, wanted.hidden_states, strict=True))
+        return states + divergence(
+            found.logits.log_softmax(-1).flatten(0, 1), wanted.logits.log_softmax(-1).flatten(0, 1)
+        )
+
+    return tuned(loss)
 
 
 def facts(towns=(SUBJECT,)):
@@ -197,13 +258,15 @@ def facts(towns=(SUBJECT,)):
 
 
 def audit(kind, **options):
-    """The audit of one constructed truth: "untouched", "reference", "filter", "gate" or "baked"."""
+    """The audit of one constructed truth: untouched, reference, filter, gate, capsule, outer or baked."""
     model = full()
     after = {
         "untouched": lambda: bare(model, "after"),
         "reference": lambda: bare(reference(), "after"),
         "filter": lambda: State("after", lambda: filtered(model), "filter"),
         "gate": lambda: State("after", lambda: gated(model), "gate", removable=True),
+        "capsule": lambda: State("after", lambda: attached(model), "capsule", True, (capsule(),)),
+        "outer": lambda: bare(outer(), "after"),
         "baked": lambda: bare(baked(), "after"),
     }[kind]()
     text = " . ".join(sentences(TOWNS[1:]))

@@ -35,6 +35,7 @@ def demo_page(results: dict[str, Any], capsule: "Capsule", traces: "Sequence[Tra
 
 def eval_page(results: dict[str, Any], beside: "Sequence[tuple[str, Mapping[str, Any]]]" = ()) -> str:
     """`results`: what kif eval writes as results.json. beside: (label, results) of other models, for comparison."""
+    tables = [results[name] for name in results["suites"] if name != "facts"]
     return _render(
         "eval.html.jinja",
         r=results,
@@ -42,7 +43,7 @@ def eval_page(results: dict[str, Any], beside: "Sequence[tuple[str, Mapping[str,
         charts=charts(results.get("dual")),
         columns=compared(results, beside) if beside else [],
         rest={name: numbers(results[name]) for name in results["suites"] if name not in DRAWN},
-        attacks=[attack for name in results["suites"] for attack in (results.get(name) or {}).get("attacks") or ()],
+        attacks=[attack for table in tables for attack in table.get("attacks") or ()],
     )
 
 

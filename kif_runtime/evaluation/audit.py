@@ -75,9 +75,9 @@ class Audit:
     """What suites are given.
 
     before, after: the untouched and the erased model. reference: one that never knew, where there is one. All speak
-    `tokenizer`. facts: about `subjects`; others: about other subjects; text: running text. data: where a suite that brings
-    no data of its own finds it, by its name. form: how facts are asked.
-    quick: less of everything (`pick`). seed: of every random choice (`generator`).
+    `tokenizer`. facts: about `subjects`; others: about other subjects; text: running text. data: where a suite that
+    brings no data of its own finds it, by its name. form: how facts are asked. quick: less of everything (`pick`).
+    seed: of every random choice (`generator`).
     """
 
     before: State

@@ -1,5 +1,6 @@
 """The latent half of the suite `dual`: what is left inside the erased model, block by block."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ READ = (
     "If you ask me about {}, the answer is",
 )
 FEWEST_OTHERS = 3
-SOURCES = 2  # other names put in the subject's place, where no reference model is to be had
+GONE = 0.01  # a probability of the answer (a token, on average) under which other names say no more than that
+SOURCES = 6  # other names put in the subject's place, where no reference model is to be had
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _prior_through(audit: Audit, facts: Sequence[Fact]) -> Tensor:
 
 def patching(audit: Audit, known: Sequence[Fact]) -> dict[str, Any]:
     """UDS per fact, its mean and interval, and the mean drop by block. Where there is no reference model, what never
-    knew is the untouched model reading other names in the subject's place."""
+    knew is the mean of the untouched model's states for other names in the subject's place, down to p = GONE."""
     against = "a reference model" if audit.reference else "the untouched model, asked about others"
     facts = [fact for fact in known if audit.reference or fact.prior_subjects]
     drops, levels, scores, subjects = [], [], [], []
@@ -213,12 +215,15 @@ def _drops(audit: Audit, fact: Fact) -> tuple[Tensor, Tensor]:
         erased = answer_states(on.model, ids, length)
     if audit.reference:
         with audit.running(audit.reference) as on:
-            ignorant = [answer_states(on.model, ids, length)]
+            never = answer_states(on.model, ids, length)
     with audit.running(audit.before) as on:
         own = answer_states(on.model, ids, length)
         if not audit.reference:
+            # one other name has an answer of its own and is sure of it; what many have in common has less of one
             others = [fact.about(name) for name in fact.prior_subjects[:SOURCES]]
             asked = encode(audit.tokenizer, others, form=audit.form)
-            ignorant = [answer_states(on.model, [*other, *answer], length) for other in asked]
-        whole, *patched = (patched_log_probs(on.model, ids, length, states) for states in (own, erased, *ignorant))
-    return whole - patched[0], whole - torch.stack(patched[1:]).mean(0)
+            never = torch.stack([answer_states(on.model, [*other, *answer], length) for other in asked]).mean(0)
+        whole, known, level = (patched_log_probs(on.model, ids, length, states) for states in (own, erased, never))
+    if not audit.reference:  # another name is surer of its own answer than one that never knew is of any
+        level = level.clamp_min(math.log(GONE))
+    return whole - known, whole - level

@@ -8,11 +8,12 @@ from typing import Any
 from ..errors import KifError
 from .audit import Audit, Running, State, Subject
 from .facts import BARE, Fact, Progress, excess_kept
-from .kinds import kind_of
+from .kinds import kind_of, name_states
 from .statistics import bootstrap, summary
 from .text import TOKENS, WINDOW, predicted, sample_text
 
 LEAST_EXCESS = 0.15
+DISTANCES = ("nearest third", "middle third", "farthest third")
 
 
 def evaluate(
@@ -75,8 +76,40 @@ def direct_table(audit: Audit, asked: Sequence[Fact]) -> dict[str, Any]:
 
 
 def neighbour_rows(audit: Audit) -> dict[str, Any]:
+    """Mean |Δp| of facts about others, and the same by how near they are to the subject."""
+    if not audit.others:
+        raise KifError("the suite neighbours needs facts about others; give --neighbours FILE")
     before, after = (audit.probabilities(state, audit.others) for state in (audit.before, audit.after))
-    return neighbour_table(audit.others, before, after)
+    moved = [abs(a - b) for a, b in zip(after, before, strict=True)]
+    return neighbour_table(audit.others, before, after) | {"by_distance": by_distance(audit, moved)}
+
+
+def by_distance(audit: Audit, moved: Sequence[float]) -> list[dict[str, Any]]:
+    """The |Δp| of each of `audit.others` in thirds: the nearest to any subject, the middle, the farthest.
+
+    Near is alike in what the untouched model makes of the two names (`kinds.name_states`). [] for under six others.
+    """
+    own = [subject.name for subject in audit.subjects]
+    others = [name for name in dict.fromkeys(fact.subject for fact in audit.others) if name not in own]
+    if len(others) < 2 * len(DISTANCES):
+        return []
+    with audit.running(audit.before) as on:
+        states = name_states(on.model, audit.tokenizer, [*own, *others])
+    alike = (states[len(own) :] @ states[: len(own)].T).amax(1)
+    order = [others[i] for i in alike.argsort(descending=True).tolist()]
+    third = {name: n * len(DISTANCES) // len(order) for n, name in enumerate(order)}
+    rows = []
+    for n, distance in enumerate(DISTANCES):
+        some = [i for i, fact in enumerate(audit.others) if third.get(fact.subject) == n]
+        values = [moved[i] for i in some]
+        ends = bootstrap(values, [audit.others[i].subject for i in some])
+        rows.append({"distance": distance, "facts": len(some), "mean": sum(values) / len(values), "interval": ends})
+    return rows
+
+
+def running_text(audit: Audit) -> dict[str, Any]:
+    """Perplexity of running text before and after, and which of its tokens the gate touched."""
+    return text_rows(audit, tokens=audit.pick(quick=TOKENS // 5, full=TOKENS))
 
 
 def text_rows(audit: Audit, *, window: int = WINDOW, tokens: int | None = TOKENS) -> dict[str, Any]:

@@ -22,7 +22,7 @@ Suite = Callable[[Audit], Table]
 SUITES: dict[str, str] = {  # name → module:function, beside this file
     "facts": "knowledge:run",
     "neighbours": "run:neighbour_rows",
-    "text": "run:text_rows",
+    "text": "run:running_text",
     "dual": "dual:run",
     "attacks": "attacks:run",
     "tofu": "tofu:run",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 USUAL = ("facts", "neighbours", "dual")
 ALL = "all"
-PARTS = "parts"  # the folder of what is measured so far, inside the output folder
+PARTS, NAMED = "parts", "parts-with-names"  # folders of what is measured so far, inside the output folder
 
 
 def evaluate(
@@ -88,6 +88,8 @@ def evaluate(
     if sum(erasures) != 1:
         what = "two erasures at once" if all(erasures) else "nothing to evaluate"
         raise KifError(f"{what}; give an erasure with --capsule FILE or --adapter DIR, or another --erased-model M")
+    if not least_excess > 0:
+        raise KifError("--least-excess is how much likelier than guessed an answer has to be; give a number over 0")
     names = _suites(suite, text)
     outputs.check_folder(output)
     if certificate is not None and "facts" not in names:
@@ -132,7 +134,7 @@ def evaluate(
             (lambda table: table) if with_names else cleaner(given.subjects, [fact.subject for fact in given.others])
         )
         _check_known(audit, names, facts)
-        tables = run_suites(audit, names, folder=output / PARTS, clean=clean)
+        tables = run_suites(audit, names, folder=output / (NAMED if with_names else PARTS), clean=clean)
     about = {
         "seconds": round(time.perf_counter() - begun, 1),
         "names": with_names,
