@@ -101,7 +101,7 @@ def memorisation(extraction: float, exact: float, paraphrase_probability: float,
 
 def privacy_score(auc: float, reference: float) -> float:
     """clip(1 − |AUC − AUC_ref| / AUC_ref, 0, 1)."""
-    return min(1.0, max(0.0, 1 - abs(auc - reference) / reference))
+    return min(1.0, max(0.0, 1 - abs(auc - reference) / max(reference, TINY)))
 
 
 def privacy(scores: Sequence[float]) -> float:
@@ -110,8 +110,12 @@ def privacy(scores: Sequence[float]) -> float:
 
 
 def utility(model: float, fluency: float, target_model: float, target_fluency: float) -> float:
-    """HM(model utility, fluency of forget answers), relative to the model before unlearning."""
-    return harmonic_mean([model, fluency]) / harmonic_mean([target_model, target_fluency])
+    """HM(model utility, fluency of forget answers), relative to the model before unlearning. Raises KifError where that
+    is 0."""
+    before = harmonic_mean([target_model, target_fluency])
+    if not before:
+        raise KifError("the model before unlearning has no utility to compare with; check that it was trained")
+    return harmonic_mean([model, fluency]) / before
 
 
 def aggregate(memory: float, private: float, useful: float) -> float:

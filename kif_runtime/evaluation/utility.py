@@ -1,6 +1,6 @@
 """The suite `utility`: what the model is still good for. Multiple choice by likelihood, and the perplexity of text.
 
-An option is scored by the log-likelihood of its continuation, in total and per byte; the highest is the answer. The
+An option is scored by the log-likelihood of its continuation, in total and per letter; the highest is the answer. The
 scores are those of EleutherAI's lm-evaluation-harness (acc and acc_norm), whose tasks run instead where it is
 installed and the caller names some.
 """
@@ -67,15 +67,15 @@ def accuracy(
     model: Any, tokenizer: Any, items: Sequence[Item], *, progress: Progress | None = None
 ) -> dict[str, dict[str, Any]]:
     """{"accuracy", "normalised"}: the share of questions whose right option has the highest log-likelihood, in total
-    and per byte of the continuation, with intervals. The first of equal scores is the answer."""
+    and per letter of the continuation, with intervals. The first of equal scores is the answer."""
     scores = iter(likelihoods(model, tokenizer, [o for item in items for o in item.options], progress=progress))
-    total, per_byte = [], []
+    total, per_letter = [], []
     for item in items:
         sums = [next(scores) for _ in item.options]
-        lengths = [len(text.strip().encode()) for _, text in item.options]
+        lengths = [len(text.strip()) for _, text in item.options]
         total.append(_best(sums) == item.gold)
-        per_byte.append(_best([s / max(1, n) for s, n in zip(sums, lengths, strict=True)]) == item.gold)
-    return {"accuracy": share(total), "normalised": share(per_byte)}
+        per_letter.append(_best([s / max(1, n) for s, n in zip(sums, lengths, strict=True)]) == item.gold)
+    return {"accuracy": share(total), "normalised": share(per_letter)}
 
 
 def likelihoods(

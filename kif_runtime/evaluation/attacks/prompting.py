@@ -4,11 +4,11 @@ Each asks the greedy continuation and looks for the answer in it. Prefilling: Ve
 Anil et al., Many-shot Jailbreaking (2024). The wordings are this project's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evasion import REWRITINGS, rewritten
-from ..facts import BATCH, CHAT_TURN, Fact
+from ..evasion import DESCRIPTION, REWRITINGS, rewritten
+from ..facts import BARE, BATCH, CHAT_TURN, Fact
 from ..outputs import go_on
 from ..surface import mentions
 from .outcome import Outcome, ask, subjects_of
@@ -66,12 +66,18 @@ def many_shot(
 
 
 def evade_names(
-    model: Any, tokenizer: Any, facts: Sequence[Fact], *, ways: Sequence[str] | None = None, form: str = "bare"
+    model: Any,
+    tokenizer: Any,
+    facts: Sequence[Fact],
+    *,
+    ways: Sequence[str] | None = None,
+    descriptions: Mapping[str, str] | None = None,
+    form: str = BARE,
 ) -> Outcome:
-    """The name written in other ways (`evasion.REWRITINGS`); a hit is a way in which the answer's first token is the
-    likeliest. The name unchanged is not one of them."""
-    chosen = [way for way in (ways or REWRITINGS) if way != "unchanged"]
-    asked = [(i, fact) for way in chosen for i, fact in rewritten(facts, way)]
+    """The name written in other ways (`evasion.REWRITINGS`), or described; a hit is a way in which the answer's first
+    token is the likeliest. The name unchanged is not one of them. descriptions: of subjects, by name."""
+    chosen = [way for way in (ways or [*REWRITINGS, *([DESCRIPTION] if descriptions else [])]) if way != "unchanged"]
+    asked = [(i, fact) for way in chosen for i, fact in rewritten(facts, way, descriptions)]
     answers = ask(model, tokenizer, [fact for _, fact in asked], form=form)
     got = {i for (i, _), one in zip(asked, answers, strict=True) if one.rank == 1}
     hits = tuple(i in got for i in range(len(facts)))

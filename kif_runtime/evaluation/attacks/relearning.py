@@ -79,7 +79,8 @@ def tuned(
     rate: float = RATE,
     batch_size: int = BATCH,
 ) -> list[float]:
-    """`steps` steps of AdamW without weight decay on `sequences` in turn; the loss of each step. Dropout is off."""
+    """`steps` steps of AdamW without weight decay on `sequences` in turn, in the parameters' own dtype; the loss of
+    each step. Dropout is off."""
     optimiser = torch.optim.AdamW(list(parameters), lr=rate, weight_decay=0.0)
     losses = []
     for step in range(steps):

@@ -57,7 +57,7 @@ class Directions:
         bases = {}
         for site in sites:
             apart = [a[site][s:] - b[site][s:] for a, b, s in zip(before, after, starts, strict=True)]
-            rows = torch.cat(apart).float()
+            rows = torch.nn.functional.normalize(torch.cat(apart).float(), dim=1)  # each token's word counts the same
             bases[site] = torch.linalg.svd(rows, full_matrices=False).Vh[:RANK]
         return bases
 
@@ -76,7 +76,7 @@ class Features:
         self._trained = self._trained or self._train(site)
         sae, away = self._trained
         own = states_of(audit, audit.before, facts, [site])
-        named = [one[site][name_start(audit.tokenizer, fact) :] for one, fact in zip(own, facts, strict=True)]
+        named = [one[site][max(1, name_start(audit.tokenizer, fact)) :] for one, fact in zip(own, facts, strict=True)]
         telling = telling_features(sae, torch.cat(named), away)
         return functools.partial(restore_features, untouched=own, site=site, sae=sae, features=telling)
 
@@ -86,7 +86,7 @@ class Features:
         if not audit.others or not audit.text:
             raise KifError("sparse features need facts about others and running text; give --neighbours and --text")
         asked = [*audit.facts, *audit.others[:64]]
-        states = [one[site] for one in states_of(audit, audit.before, asked, [site])]
+        states = [one[site][1:] for one in states_of(audit, audit.before, asked, [site])]  # the first token is a sink
         data = torch.cat([self._text(site, audit.text), *states])
         steps = audit.pick(quick=100, full=300)
         sae = train_sae(data, features=2 * data.shape[1], steps=steps, seed=audit.seed)
@@ -97,7 +97,7 @@ class Features:
         ids = sample_text(self._audit.tokenizer, text, window=128, tokens=SAE_TOKENS).ids
         with self._audit.running(self._audit.before) as on:
             found = [site_states(on.model, some, torch.ones_like(some), [site])[site] for some in window_batches(ids)]
-        return torch.cat(found).flatten(0, 1).float().cpu()
+        return torch.cat(found)[:, 1:].flatten(0, 1).float().cpu()
 
 
 def states_of(audit: Audit, state: State, facts: Sequence[Fact], sites: Sequence[int]) -> list[States]:

@@ -77,11 +77,12 @@ def prompt_trials(audit: Audit) -> dict[str, Trial]:
     roles = prompting.ROLES[: audit.pick(quick=2, full=len(prompting.ROLES))]
     samples, shots = audit.pick(quick=8, full=32), audit.pick(quick=8, full=16)
     examples = [fact for fact in audit.others if fact.question_kind == DIRECT]
+    described = {subject.name: subject.descriptions[0] for subject in audit.subjects if subject.descriptions}
     tries: dict[str, Try] = {
         "prefill": prompting.prefill,
         "role play": less(prompting.role_play, roles=roles),
         "many-shot": less(prompting.many_shot, examples=examples, shots=shots),
-        "name written otherwise": less(prompting.evade_names, form=audit.form),
+        "name written otherwise": less(prompting.evade_names, descriptions=described, form=audit.form),
         "best of N": less(sampling.best_of_n, samples=samples, seed=audit.seed, form=audit.form),
     }
     return {name: Trial(PROMPT, _as_is(attempt)) for name, attempt in tries.items() if name != "many-shot" or examples}

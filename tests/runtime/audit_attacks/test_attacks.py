@@ -149,6 +149,10 @@ def test_a_name_written_otherwise_is_found_where_only_the_spelling_is_guarded():
     found = prompting.evade_names(knowing(), tokenizer(), FACTS, ways=["letters swapped"])
     assert found.share()["success"] == 0.0  # another word to this tokenizer, so nothing is known of it
     assert found.budget == {"queries": 1}
+    described = prompting.evade_names(
+        knowing(), tokenizer(), FACTS, ways=["description"], descriptions={SUBJECT: SUBJECT}
+    )
+    assert described.share()["success"] == 1.0
 
 
 def test_examples_about_the_subject_itself_are_passed_over(monkeypatch):

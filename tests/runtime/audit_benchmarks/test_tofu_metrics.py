@@ -126,9 +126,12 @@ def test_composites_are_harmonic_means():
     assert tofu.utility(0.5, 0.8, 0.6, 0.9) == pytest.approx(float(hmean([0.5, 0.8]) / hmean([0.6, 0.9])))
     assert tofu.aggregate(0.5, 0.6, 0.7) == pytest.approx(float(hmean([0.5, 0.6, 0.7])))
     assert tofu.privacy_score(0.9, 0.5) == pytest.approx(0.2) and tofu.privacy_score(0.0, 0.4) == 0.0
+    assert tofu.privacy_score(0.0, 0.0) == 1.0 and tofu.privacy_score(0.5, 0.0) == 0.0
     for bad in ([0.1] * 8, [-0.1] * 9):
         with pytest.raises(KifError):
             tofu.model_utility(bad)
+    with pytest.raises(KifError, match="no utility"):
+        tofu.utility(0.5, 0.5, 0.0, 0.5)
 
 
 def test_membership_scores_by_hand():

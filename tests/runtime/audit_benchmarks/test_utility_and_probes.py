@@ -30,7 +30,7 @@ def test_likelihoods_are_sums_over_the_continuation(model):
         assert found == pytest.approx(wanted, abs=1e-4)
 
 
-def test_accuracy_takes_the_highest_sum_or_the_highest_per_byte(monkeypatch):
+def test_accuracy_takes_the_highest_sum_or_the_highest_per_letter(monkeypatch):
     items = [Item((("q", " aa"), ("q", " bbbb")), 1), Item((("q", " a"), ("q", " b")), 1)]
     monkeypatch.setattr(utility, "likelihoods", lambda *_, **__: [-2.0, -3.0, -1.0, -1.0])
     found = utility.accuracy(None, None, items)
