@@ -145,14 +145,20 @@ def test_a_forgotten_name_breaks_only_what_is_broken():
     assert found.share()["success"] > 0.9 and change < -0.5
 
 
-def test_a_name_written_otherwise_is_found_where_only_the_spelling_is_guarded():
+def test_a_name_written_otherwise_is_found_where_only_the_spelling_is_guarded(monkeypatch):
     found = prompting.evade_names(knowing(), tokenizer(), FACTS, ways=["letters swapped"])
     assert found.share()["success"] == 0.0  # another word to this tokenizer, so nothing is known of it
     assert found.budget == {"queries": 1}
-    described = prompting.evade_names(
-        knowing(), tokenizer(), FACTS, ways=["description"], descriptions={SUBJECT: SUBJECT}
-    )
-    assert described.share()["success"] == 1.0
+    asked = []
+
+    def some_are_right(model, tok, facts, form):
+        asked.extend(fact.prompt for fact in facts)
+        return [outcome.Asked(0.9, 1 if "old town" in fact.prompt and "river" in fact.prompt else 2) for fact in facts]
+
+    monkeypatch.setattr(prompting, "ask", some_are_right)
+    described = prompting.evade_names(knowing(), tokenizer(), FACTS, descriptions={SUBJECT: "the old town"})
+    assert described.hits == (True, False, False)  # one way is enough, and only for its own fact
+    assert FACTS[0].prompt.replace(SUBJECT, "the old town") in asked and FACTS[0].prompt not in asked
 
 
 def test_examples_about_the_subject_itself_are_passed_over(monkeypatch):
