@@ -62,7 +62,7 @@ def trained(model: Any, tokenizer: Any, items: Sequence[Item], recipe: Recipe, f
 def _train(model: Any, tokenizer: Any, items: Sequence[Item], recipe: Recipe, checkpoint: Path, title: str) -> None:
     pairs = [(question(tokenizer, i.question), answer(tokenizer, i.answer)) for i in items]
     parameters = [p.requires_grad_(True) for p in model.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=recipe.rate, weight_decay=0.0)
+    optimiser = torch.optim.AdamW(parameters, lr=recipe.rate, weight_decay=0.0, fused=True)
     order = batches(len(items), recipe)
     begun = _resume(model, optimiser, checkpoint)
     if begun:
