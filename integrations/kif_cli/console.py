@@ -8,7 +8,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from kif_runtime.errors import KifError
 
@@ -45,12 +53,21 @@ def print_json(value: dict[str, Any]) -> None:
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """A bar for each kind of work on a terminal; elsewhere a line when one begins and one every ten seconds."""
+    """A bar for each kind of work on a terminal; elsewhere a line when one begins and one every ten seconds.
+
+    Both say how long the rest will take at the pace so far.
+    """
     console = err()
     if not console.is_terminal:
         yield _plain_lines(console)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -64,12 +81,15 @@ def progress() -> Iterator[Report]:
 
 def _plain_lines(console: Console) -> Report:
     last: dict[str, float] = {}
+    begun: dict[str, tuple[float, int]] = {}  # when the first word on it came, and how much was done then
 
     def report(done: int, total: int, what: str) -> None:
         now = time.monotonic()
+        since, before = begun.setdefault(what, (now, done))
         if what not in last or now - last[what] > PLAIN_SECONDS:
             last[what] = now
-            console.print(f"{what}: {done} of {total}")
+            left = f", about {(now - since) * (total - done) / (done - before):.0f} s left" if done > before else ""
+            console.print(f"{what}: {done} of {total}{left}")
 
     return report
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import decoder_blocks, unwrapped
+from ..errors import KifError
 
 NEIGHBOURS = 5
 
@@ -41,7 +42,8 @@ def neighbour_overlap(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
 
 def drift(before: Tensor, after: Tensor) -> Tensor:
     """[N]: 1 − cosine of the states before [N, L, D] and after, mean over blocks."""
-    return 1 - torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).mean(-1)
+    alike = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+    return (1 - alike.mean(-1)).clamp_min(0)  # rounding can put a cosine over 1
 
 
 def cohens_d(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -65,19 +67,24 @@ def identity_probe(
 
     train, test: states [N, D] of the same N inputs, of one model or two: the probe learns from `train` on all prompts
     but one and is asked `test` on that one. entity, prompt: which each input is. Multinomial logistic regression on
-    features scaled by those of training. Raises ImportError without scikit-learn.
+    features scaled by those of training. Raises KifError without scikit-learn.
     """
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.preprocessing import StandardScaler
+    except ImportError:
+        raise KifError("the probe needs scikit-learn; install it with: pip install 'kif-runtime[audit]'") from None
 
     x, z, labels, prompts = train.double().numpy(), test.double().numpy(), np.asarray(entity), np.asarray(prompt)
     right = np.zeros(len(labels), dtype=bool)
     for held_out in np.unique(prompts):
         out = prompts == held_out
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
-        probe.fit(x[~out], labels[~out])
-        right[out] = probe.predict(z[out]) == labels[out]
+        scale = StandardScaler().fit(x[~out])
+        known, asked = scale.transform(x[~out]), scale.transform(z[out])
+        # the solution lies in the span of the inputs, so nothing is lost by looking at them in its coordinates
+        span = np.linalg.svd(known, full_matrices=False)[2].T
+        probe = LogisticRegression(C=strength, max_iter=300).fit(known @ span, labels[~out])
+        right[out] = probe.predict(asked @ span) == labels[out]
     return right
 
 

@@ -54,7 +54,7 @@ def wilson(successes: int, tried: int, *, level: float = 0.95) -> tuple[float, f
     p, extra = successes / tried, z * z / tried
     middle = (p + extra / 2) / (1 + extra)
     half = z / (1 + extra) * math.sqrt(p * (1 - p) / tried + extra / (4 * tried))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (0.0 if successes == 0 else middle - half), (1.0 if successes == tried else middle + half)
 
 
 def share(hits: Sequence[bool]) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def test_a_certificate_holds_until_it_is_altered(evaluate, capsule_file, tmp_pat
         ((), "nothing to evaluate"),
         (("-c", "CAPSULE", "--erased-model", "x"), "two erasures"),
         (("-c", "CAPSULE", "--suite", "text"), "--text"),
-        (("-c", "CAPSULE", "--suite", "sung"), "unknown suite 'sung'"),
+        (("-c", "CAPSULE", "--suite", "sung"), "--suite"),
         (("-c", "CAPSULE", "--facts", "missing.jsonl"), "missing.jsonl"),
         (("-c", "CAPSULE", "--facts", "bad.jsonl"), "line 2"),
         (("-c", "CAPSULE", "--facts", "others.jsonl"), "--neighbours"),

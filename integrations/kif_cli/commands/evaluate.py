@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +18,20 @@ from ..console import out, print_json, progress
 if TYPE_CHECKING:
     from kif_runtime.evaluation.audit import Audit
 
-USUAL = ("facts", "neighbours", "dual")
-ALL = "all"
+
+class Suite(StrEnum):
+    facts = "facts"
+    neighbours = "neighbours"
+    text = "text"
+    dual = "dual"
+    attacks = "attacks"
+    tofu = "tofu"
+    rwku = "rwku"
+    utility = "utility"
+    all = "all"
+
+
+USUAL = (Suite.facts, Suite.neighbours, Suite.dual)
 PARTS, NAMED = "parts", "parts-with-names"  # folders of what is measured so far, inside the output folder
 
 
@@ -36,7 +49,7 @@ def evaluate(
         str | None, typer.Option(metavar="M", help="A model that never knew, to compare with, where there is one.")
     ] = None,
     suite: Annotated[
-        list[str] | None,
+        list[Suite] | None,
         typer.Option(
             metavar="NAME",
             help="What to measure; give it again for more: facts, neighbours, text, dual, attacks, tofu, rwku, utility "
@@ -163,11 +176,12 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _suites(chosen: Sequence[str] | None, text: Path | None) -> list[str]:
+def _suites(chosen: Sequence[Suite] | None, text: Path | None) -> list[str]:
     """The names of the suites to run, in the order given. Raises KifError for one that lacks its text."""
-    given = ["text"] if text is not None else []
-    names = [name for one in chosen or USUAL for name in ((*USUAL, *given, "attacks") if one == ALL else (one,))]
-    names = list(dict.fromkeys(names + (given if not chosen else [])))
+    given = [Suite.text] if text is not None else []
+    every = [*USUAL, *given, Suite.attacks]
+    suites = [suite for one in chosen or (*USUAL, *given) for suite in (every if one is Suite.all else [one])]
+    names = [suite.value for suite in dict.fromkeys(suites)]
     if "text" in names and text is None:
         raise KifError("the suite text needs running text; give --text FILE")
     return names

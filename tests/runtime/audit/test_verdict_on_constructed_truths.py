@@ -3,6 +3,7 @@
 import auditing
 import pytest
 
+from kif_runtime.evaluation import answer_probabilities
 from kif_runtime.evaluation.figures import figures
 from kif_runtime.evaluation.suites import run_suites
 from kif_runtime.evaluation.verdict import verdict
@@ -35,7 +36,7 @@ def test_the_models_learned_what_they_should():
     known = {"full": auditing.full(), "reference": auditing.reference()}
     for name, model in known.items():
         asked = auditing.facts(auditing.TOWNS)
-        found = auditing.answer_probabilities(model, auditing.tokenizer(), asked)
+        found = answer_probabilities(model, auditing.tokenizer(), asked)
         assert min(found[3:]) > 0.9
         assert (min(found[:3]) > 0.9) if name == "full" else (max(found[:3]) < 0.2)
 
