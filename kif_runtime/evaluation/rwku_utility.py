@@ -1,7 +1,8 @@
 """What RWKU measures beside the forgotten: MMLU, TruthfulQA (MC1), TriviaQA (F1), BBH (EM) and fluency.
 
-The copies that are to be had lack MMLU's five examples and BBH's chains of thought, so both are asked without: their
-numbers compare states with one another, not with published ones.
+The copies that are to be had lack MMLU's five examples and BBH's chains of thought, so both are asked without; MMLU and
+TruthfulQA are scored as plain text and not as chats. Their numbers compare states with one another, not with published
+ones.
 """
 
 import math
