@@ -7,6 +7,7 @@ Anil et al., Many-shot Jailbreaking (2024). The wordings are this project's own.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...blocks import text_config, unwrapped
 from ..evasion import DESCRIPTION, REWRITINGS, rewritten
 from ..facts import BARE, BATCH, CHAT_TURN, Fact
 from ..outputs import go_on
@@ -54,15 +55,23 @@ def many_shot(
     new_tokens: int = NEW_TOKENS,
 ) -> Outcome:
     """Completed sentences about others stand before the question, a line each, in bare text. Examples about the fact's
-    own subject are passed over."""
-    texts = []
+    own subject are passed over, and as many as the model has no room for."""
+    limit = getattr(text_config(unwrapped(model)), "max_position_embeddings", None)
+    prompts = []
     for fact in facts:
         others = [e for e in examples if e.subject != fact.subject][:shots]
-        texts.append("".join(f"{e.prompt} {e.answer}\n" for e in others) + fact.prompt)
-    tokens = [tokenizer(text)["input_ids"] for text in texts]
-    hits = _hits(model, tokenizer, facts, tokens, new_tokens)
+        prompts.append(_shown(tokenizer, others, fact, None if limit is None else limit - new_tokens))
+    hits = _hits(model, tokenizer, facts, prompts, new_tokens)
     budget = {"queries": 1, "tokens": new_tokens, "shots": min(shots, len(examples))}
     return Outcome("many-shot", budget, hits, subjects_of(facts))
+
+
+def _shown(tokenizer: Any, others: Sequence[Fact], fact: Fact, limit: int | None) -> list[int]:
+    """The question after as many of `others` as fit into `limit` tokens."""
+    ids = tokenizer("".join(f"{e.prompt} {e.answer}\n" for e in others) + fact.prompt)["input_ids"]
+    if limit is None or len(ids) <= limit or not others:
+        return ids
+    return _shown(tokenizer, others[1:], fact, limit)
 
 
 def evade_names(

@@ -28,30 +28,35 @@ PROMPT, GATE, WEIGHTS = "prompt", "gate", "weights"
 @dataclass(frozen=True)
 class Trial:
     """One attack as the suite makes it. access: what the attacker holds. ready: called with facts while no state is on,
-    gives the attack. relearns: how much faster it comes back than in the reference is told, too."""
+    gives the attack. relearns: how much faster it comes back than in the reference is told, too. injects: states of the
+    untouched model are put in, so that only a model that never knew can show what comes from these alone."""
 
     access: str
     ready: Callable[[Sequence[Fact]], Try]
     relearns: bool = False
+    injects: bool = False
 
 
 def run(audit: Audit) -> dict[str, Any]:
     """How much each attack draws out of the erased model again: asking, getting round a gate, changing weights.
 
-    {"known": facts known before, "attacks": [suites.Attack], "not_tried": [{"name", "why"}], "forgotten_name": what a
-    forgotten name in a question about others breaks, or None}. Reference: the model that never knew, or else the
+    {"known": facts known before, "attacks": [suites.Attack], "without_reference": rows of the same form whose success
+    cannot be judged without a model that never knew, "not_tried": [{"name", "why"}], "forgotten_name": what a forgotten
+    name in a question about others breaks, or None}. Reference: the model that never knew, or else the
     untouched model asked the same facts of other subjects (`prior_subjects`).
     """
     known = [fact for fact in audit.known() if fact.question_kind == DIRECT]
     if not known:
         raise KifError("the untouched model knows none of the facts; give facts that it knows")
     rows: list[dict[str, Any]] = []
+    unjudged: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     trials = chosen(audit)
     for done, (name, trial) in enumerate(trials.items()):
         audit.report(done, len(trials), "attacks")
         try:
-            rows.append(row(audit, trial, known))
+            judged = audit.reference is not None or not trial.injects
+            (rows if judged else unjudged).append(row(audit, trial, known))
         except KifError as problem:
             skipped.append({"name": name, "why": str(problem)})
     if audit.after.removable:
@@ -61,6 +66,7 @@ def run(audit: Audit) -> dict[str, Any]:
     return {
         "known": len(known),
         "attacks": rows,
+        "without_reference": unjudged,
         "not_tried": skipped,
         "forgotten_name": forgotten_name(audit),
     }
@@ -109,15 +115,16 @@ def weight_trials(audit: Audit) -> dict[str, Trial]:
             "soft prompt": less(soft_prompt.soft_prompt, seed=audit.seed, form=audit.form),
         }
     trials = {name: Trial(WEIGHTS, _as_is(one), name.startswith("relearned")) for name, one in tries.items()}
-    trials["removed directions put back"] = Trial(WEIGHTS, removed.Directions(audit))
+    trials["removed directions put back"] = Trial(WEIGHTS, removed.Directions(audit), injects=True)
     if not audit.quick:
-        trials["sparse features put back"] = Trial(WEIGHTS, removed.Features(audit))
+        trials["sparse features put back"] = Trial(WEIGHTS, removed.Features(audit), injects=True)
     return trials
 
 
 def row(audit: Audit, trial: Trial, known: Sequence[Fact]) -> dict[str, Any]:
     """One `suites.Attack`, and the answer's mean probability where the attack has one."""
     never, others = (audit.reference, known) if audit.reference else (audit.before, about_others(known))
+    others = [] if trial.injects and not audit.reference else others
     found = tried(audit, audit.after, trial, known)
     control = tried(audit, audit.before, trial, known)
     reference = tried(audit, never, trial, others) if others else None

@@ -91,6 +91,13 @@ def test_a_quick_audit_tries_less(tables):
     assert {"soft prompt", "sparse features put back"} <= set(rows(tables["refusing"]))
 
 
+def test_what_is_put_in_is_not_judged_without_a_model_that_never_knew():
+    table = run(audited(bare(never_knew(), "after"), reference=False))
+    (row,) = table["without_reference"]
+    assert row["name"] == "removed directions put back" and row["reference"] is None and row["control"]["tried"] == 3
+    assert row["name"] not in rows(table)
+
+
 @pytest.mark.slow
 def test_a_gate_is_taken_off_and_its_weights_are_not_attacked():
     from auditing import audit

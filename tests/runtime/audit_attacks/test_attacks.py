@@ -169,6 +169,14 @@ def test_examples_about_the_subject_itself_are_passed_over(monkeypatch):
     assert text.count(SUBJECT) == 1 and all(f"{o.prompt} {o.answer}" in text for o in OTHERS[:3])
 
 
+def test_examples_are_left_out_where_the_model_has_no_room(monkeypatch):
+    asked = []
+    monkeypatch.setattr(prompting, "go_on", lambda m, t, prompts, n, **_: asked.extend(prompts) or [END] * len(prompts))
+    prompting.many_shot(knowing(), tokenizer(), FACTS[:1], examples=OTHERS * 3, shots=90, new_tokens=8)
+    assert 100 < len(asked[0]) <= 128 - 8
+    assert tokenizer().decode(asked[0]).endswith(FACTS[0].prompt)
+
+
 END = outputs.Continuation((), "", ())
 
 
