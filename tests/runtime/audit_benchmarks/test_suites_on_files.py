@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from auditing import RELATIONS, SUBJECT, TOWNS, full, known_answer, reference
+from attacking import knowing, never_knew
+from auditing import RELATIONS, SUBJECT, TOWNS, known_answer
 from auditing import tokenizer as words
 
 from kif_runtime import KifError
@@ -28,8 +29,8 @@ def audited(tokenizer):
     def make(data, after=None, **options):
         facts = [Fact(SUBJECT, r, text.format(SUBJECT), known_answer(SUBJECT, r)) for r, text in RELATIONS.items()]
         return Audit(
-            bare(full()), bare(after or full(), "after"), tokenizer, [Subject(SUBJECT)], facts,
-            data=data, reference=bare(reference(), "reference"), **options,
+            bare(knowing()), bare(after or knowing(), "after"), tokenizer, [Subject(SUBJECT)], facts,
+            data=data, reference=bare(never_knew(), "reference"), **options,
         )  # fmt: skip
 
     return make
@@ -119,7 +120,7 @@ def plain_questions(monkeypatch):
 
 
 def test_rwku_by_level_attack_and_neighbour(audited, rwku_folder, plain_questions):
-    table = rwku.run(audited({"rwku": rwku_folder}, after=reference(), quick=True))
+    table = rwku.run(audited({"rwku": rwku_folder}, after=never_knew(), quick=True))
     json.dumps(table, allow_nan=False)
     assert table["people"] == 1
     for name in ("forget_level1", "forget_level2", "forget_level3"):
@@ -138,7 +139,7 @@ def test_rwku_by_level_attack_and_neighbour(audited, rwku_folder, plain_question
 
 def test_rwku_counts_only_people_that_the_model_knows(audited, rwku_folder, plain_questions):
     made = audited({"rwku": rwku_folder})
-    made.before = bare(reference(), "before")
+    made.before = bare(never_knew(), "before")
     with pytest.raises(KifError, match="knows none of these people"):
         rwku.run(made)
     made.subjects = [Subject("Somebody")]
@@ -164,7 +165,7 @@ def test_utility_scores_files_and_text_by_state(audited, tmp_path):
 
 
 def _untrained():
-    from auditing import fresh
+    from attacking import fresh
 
     torch.manual_seed(7)
     return fresh().eval()
