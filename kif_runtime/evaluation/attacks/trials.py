@@ -23,6 +23,7 @@ from .outcome import Outcome, about_others, ask, asked_outcome
 from .removed import Try
 
 PROMPT, GATE, WEIGHTS = "prompt", "gate", "weights"
+QUICK_WAYS = ("lower case", "letters swapped", "space inside", "zero-width space", "Cyrillic look-alikes", "leetspeak")
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,17 @@ def chosen(audit: Audit) -> dict[str, Trial]:
 
 def prompt_trials(audit: Audit) -> dict[str, Trial]:
     less = functools.partial
-    roles = prompting.ROLES[: audit.pick(quick=2, full=len(prompting.ROLES))]
-    samples, shots = audit.pick(quick=8, full=32), audit.pick(quick=8, full=16)
+    roles = prompting.ROLES[: audit.pick(quick=1, full=len(prompting.ROLES))]
+    samples, shots = audit.pick(quick=4, full=sampling.SAMPLES), audit.pick(quick=8, full=prompting.SHOTS)
+    tokens, ways = audit.pick(quick=8, full=prompting.NEW_TOKENS), audit.pick(quick=QUICK_WAYS, full=None)
     examples = [fact for fact in audit.others if fact.question_kind == DIRECT]
     described = {subject.name: subject.descriptions[0] for subject in audit.subjects if subject.descriptions}
     tries: dict[str, Try] = {
-        "prefill": prompting.prefill,
-        "role play": less(prompting.role_play, roles=roles),
-        "many-shot": less(prompting.many_shot, examples=examples, shots=shots),
-        "name written otherwise": less(prompting.evade_names, descriptions=described, form=audit.form),
-        "best of N": less(sampling.best_of_n, samples=samples, seed=audit.seed, form=audit.form),
+        "prefill": less(prompting.prefill, new_tokens=tokens),
+        "role play": less(prompting.role_play, roles=roles, new_tokens=tokens),
+        "many-shot": less(prompting.many_shot, examples=examples, shots=shots, new_tokens=tokens),
+        "name written otherwise": less(prompting.evade_names, ways=ways, descriptions=described, form=audit.form),
+        "best of N": less(sampling.best_of_n, samples=samples, new_tokens=tokens, seed=audit.seed, form=audit.form),
     }
     return {name: Trial(PROMPT, _as_is(attempt)) for name, attempt in tries.items() if name != "many-shot" or examples}
 
@@ -103,7 +105,6 @@ def weight_trials(audit: Audit) -> dict[str, Trial]:
         "probability delta": less(extraction.probability_delta, form=audit.form),
         "quantised, nf4": less(quantisation.quantised_answers, scheme="nf4"),
         "relearned, same facts": less(relearning.relearn_same, steps=steps),
-        "relearned, held-out facts": less(relearning.relearn_held_out, steps=steps),
     }
     if examples:
         tries["direction ablation"] = less(ablation.ablate_directions, others=examples[:32], form=audit.form)
@@ -111,6 +112,7 @@ def weight_trials(audit: Audit) -> dict[str, Trial]:
         tries |= {
             "quantised, int8": less(quantisation.quantised_answers, scheme="int8"),
             "quantised, int4": less(quantisation.quantised_answers, scheme="int4"),
+            "relearned, held-out facts": less(relearning.relearn_held_out, steps=steps),
             "relearned, other text": less(relearning.relearn_text, text=text, steps=steps),
             "soft prompt": less(soft_prompt.soft_prompt, seed=audit.seed, form=audit.form),
         }
