@@ -18,12 +18,14 @@ for folder, pattern in FOLDERS.items():
 DATA = ("json", "jsonl", "txt", "html", "jinja", "safetensors")
 BAKE = ["peft>=0.18", "accelerate>=1.1"]
 REPORT = ["jinja2>=3.1"]
+AUDIT = ["scikit-learn>=1.5", *REPORT]
+CERTIFICATE = ["cryptography>=42"]
 DEMO = ["gguf>=0.17", "accelerate>=1.1", *REPORT]  # what transformers needs to read the embedded model's GGUF file
 BENCH = ["pytest>=8", "pytest-benchmark>=5"]
 # torch brings triton only where it brings CUDA; its interpreter and its compilers need no GPU
 TEST = [
     "hypothesis>=6.100",
-    "scikit-learn>=1.5",
+    "jsonschema>=4.20",
     "rouge>=1.0",
     "rouge-score>=0.1.2",
     "triton>=3.5; sys_platform == 'linux'",
@@ -52,9 +54,11 @@ setup(
         "vllm": ["vllm>=0.32,<0.33"],
         "bake": BAKE,
         "report": REPORT,
+        "audit": AUDIT,
+        "certificate": CERTIFICATE,
         "demo": DEMO,
         "bench": BENCH,
-        "dev": [*BAKE, *DEMO, *BENCH, *TEST, "ruff>=0.9", "mypy>=1.14"],
+        "dev": [*AUDIT, *BAKE, *BENCH, *CERTIFICATE, *DEMO, *TEST, "ruff>=0.9", "mypy>=1.14"],
     },
     entry_points={
         "console_scripts": ["kif=kif_cli.main:main"],

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kif_runtime.errors import CapsuleError, KifError, ModelError
+from kif_runtime.errors import CapsuleError, KifError, ModelError, RequestError
 from kif_runtime.files import reason, shown
 from kif_runtime.ids import slug
 
@@ -88,6 +88,19 @@ def _read(path: Path) -> str:
         raise KifError(f"cannot read {shown(path)}: it is not UTF-8 text; convert it") from None
     except OSError as failure:
         raise KifError(f"cannot read {shown(path)}: {reason(failure)}") from None
+
+
+def data_folders(given: Sequence[str] | None) -> dict[str, Path]:
+    """SUITE=PATH pairs. Raises RequestError for what is none, and for a path that is not there."""
+    found = {}
+    for pair in given or ():
+        name, sign, path = pair.partition("=")
+        if not sign or not name or not path:
+            raise RequestError(f"--data takes SUITE=PATH, as in tofu=data/tofu; got {shown(pair, 60)!r}")
+        if not Path(path).exists():
+            raise KifError(f"cannot read {shown(path)}: no such file or folder; check the path")
+        found[name] = Path(path)
+    return found
 
 
 # -- the states

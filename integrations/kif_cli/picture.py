@@ -12,7 +12,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "What it cost": ("neighbours", "perplexity", "touched"),
 }
 RATIOS = frozenset({"mass", "perplexity"})
-SMALL = frozenset({"neighbours", "touched"})
+SMALL = {"neighbours": 0.01, "touched": 0.001}  # the least that fills a row: less is hardly anything
 
 
 def bars(figures: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -27,7 +27,7 @@ def bars(figures: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _row(name: str, figure: Mapping[str, Any]) -> dict[str, Any]:
     present = [figure[part] for part in ("after", "before", "reference", "level") if figure[part] is not None]
-    full = max([1.0, *present]) if name not in SMALL else max([*present, *(figure["interval"] or ()), 1e-9]) * 1.25
+    full = max(SMALL.get(name, 1.0), *present, *(figure["interval"] or () if name in SMALL else ()))
     marks = {part: _clipped(figure[part], full) for part in ("before", "after", "reference", "level")}
     interval = [_clipped(end, full) for end in figure["interval"]] if figure["interval"] else None
     return {"name": name, "what": figure["what"], "figure": figure, "marks": marks, "interval": interval} | {

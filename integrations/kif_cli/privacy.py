@@ -11,8 +11,13 @@ from kif_runtime.ids import slug
 if TYPE_CHECKING:
     from kif_runtime.evaluation.audit import Subject
 
-TOLD = frozenset({"prompt", "answer", "text", "said", "relation", "example"})
+TOLD = frozenset({"prompt", "prompts", "answer", "answers", "text", "texts", "said", "relation", "example", "examples"})
 """Keys whose text is a question, or what a model says: it may tell who it is about without the name."""
+
+
+def as_it_is(value: Any) -> Any:
+    """What stands in a cleaner's place where names were asked for."""
+    return value
 
 
 def cleaner(subjects: "Sequence[Subject]", others: Sequence[str] = ()) -> Callable[[Any], Any]:
@@ -43,7 +48,7 @@ def cleaner(subjects: "Sequence[Subject]", others: Sequence[str] = ()) -> Callab
         return [clean(item) for item in value] if isinstance(value, list | tuple) else value
 
     def _entry(key: str, item: Any) -> Any:
-        if key in TOLD and isinstance(item, str):
+        if key in TOLD and isinstance(item, str | list | tuple):
             return None
         if key == "touched" and isinstance(item, dict):
             return {text(id): count for id, count in item.items()}

@@ -78,7 +78,7 @@ def _inside(inside: Mapping[str, Any]) -> dict[str, Figure]:
     found = {}
     lens, patching = inside["lens"], inside["patching"]
     if lens["blocks"]:
-        found["lens"] = Figure(lens["kept"], _pair(lens["interval"]), 1.0, level=0.0)
+        found["lens"] = Figure(lens["kept"], _pair(lens["interval"]), 1.0, level=0.0, count=lens["facts"])
     if patching["score"] is not None:
         low, high = patching["interval"]
         found["shallow"] = Figure(1 - patching["score"], (1 - high, 1 - low), 1.0, level=0.0, count=patching["facts"])

@@ -151,7 +151,8 @@ def lens(audit: Audit, known: Sequence[Fact]) -> dict[str, Any]:
         for b in range(before.shape[1])
     ]
     subjects = [fact.subject for fact in known]
-    return {"blocks": blocks, "kept": sum(kept) / len(kept), "interval": interval(kept, subjects), "why": None}
+    found = {"facts": len(kept), "kept": sum(kept) / len(kept), "interval": interval(kept, subjects)}
+    return {"blocks": blocks, "why": None} | found
 
 
 def _lens_fits(audit: Audit, facts: Sequence[Fact]) -> bool:

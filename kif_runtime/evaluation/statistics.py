@@ -81,14 +81,14 @@ def ratio(
 
 
 def summary(values: Sequence[float], groups: Sequence[Hashable], *, beyond: float = 0.2) -> dict[str, Any]:
-    """Count, mean and share of |value| over `beyond`, both with 95 % intervals over groups; only counts where empty."""
+    """Count, mean and share of |value| over `beyond`, both with their `interval`; only counts where empty."""
     result: dict[str, Any] = {"facts": len(values), "subjects": len(set(groups))}
     if values:
         far = [float(abs(value) > beyond) for value in values]
         result |= {
             "mean": float(np.mean(values)),
-            "interval": bootstrap(values, groups),
+            "interval": interval(values, groups),
             "beyond": float(np.mean(far)),
-            "beyond_interval": bootstrap(far, groups),
+            "beyond_interval": interval(far, groups),
         }
     return result

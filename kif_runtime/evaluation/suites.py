@@ -86,31 +86,37 @@ def run_suites(
     for done, (name, run) in enumerate(chosen.items()):
         audit.report(done, len(chosen), "suites")
         key = f"{name}:{audit.key}"
-        table = _kept(folder, name, key)
-        if table is None:
-            table = clean(run(audit))
-            _keep(folder, name, key, table)
-        tables[name] = table
+        kept = _kept(folder, name, key)
+        if kept is None:
+            asked, saved = audit.outputs.asked, audit.outputs.saved
+            kept = {"key": key, "table": clean(run(audit))}
+            kept |= {"asked": audit.outputs.asked - asked, "saved": audit.outputs.saved - saved}
+            _keep(folder, name, kept)
+        else:  # what it took then counts as what the audit took
+            audit.outputs.asked += kept["asked"]
+            audit.outputs.saved += kept["saved"]
+        tables[name] = kept["table"]
     audit.report(len(chosen), len(chosen), "suites")
     return tables
 
 
-def _kept(folder: Path | None, name: str, key: str) -> Table | None:
+def _kept(folder: Path | None, name: str, key: str) -> dict[str, Any] | None:
     if folder is None:
         return None
     try:
         kept = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none yet, or a damaged one: it is measured anew
         return None
-    return kept["table"] if isinstance(kept, dict) and kept.get("key") == key else None
+    whole = isinstance(kept, dict) and kept.get("key") == key and {"table", "asked", "saved"} <= kept.keys()
+    return kept if whole else None
 
 
-def _keep(folder: Path | None, name: str, key: str, table: Table) -> None:
+def _keep(folder: Path | None, name: str, kept: dict[str, Any]) -> None:
     if folder is None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"key": key, "table": table}, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(kept, ensure_ascii=False, allow_nan=False)
     except OSError as failure:
         raise KifError(f"cannot create the folder {shown(folder)}: {reason(failure)}") from None
     except ValueError:

@@ -168,6 +168,9 @@ def _confidence(
         doubts.append("the answers fall below guessing, which is a trace too")
     if found["kept"].count < FEW:
         doubts.append(f"only {found['kept'].count} known facts")
+    asked = [found[one.figure].count for one in decisive]
+    if asked and max(asked) < FEW <= found["kept"].count:
+        doubts.append(f"what decides rests on {max(asked)} question{'s' if max(asked) > 1 else ''}")
     if decisive and not any(one.sure for one in decisive):
         doubts.append("the interval of what decides reaches over its limit")
     if result == ERASED:

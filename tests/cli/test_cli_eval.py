@@ -9,6 +9,7 @@ import torch
 from kif_cli.results import SCHEMA
 from kif_runtime import KifError
 
+SHORT = ("--suite", "facts", "--suite", "neighbours")
 FACTS = [  # what the random model happens to "know": a little more than it guesses
     {"subject": "japan", "prompt": "the capital of japan is", "answer": "seoul", "prior_subjects": ["rice", "city"]},
     {"subject": "france", "prompt": "the capital of france is", "answer": "paris"},
@@ -28,7 +29,7 @@ def evaluate(kif, tiny, facts, tmp_path):
     """evaluate(*arguments) -> the result of an evaluation of the tiny model into tmp_path / "out", as JSON."""
 
     def run(*arguments, least="1e-6"):
-        out = ("-o", tmp_path / "out", "--least-excess", least)
+        out = ("-o", tmp_path / "out", "--least-excess", least, "--quick")
         return kif("eval", "-m", tiny.folder, "--facts", facts, *arguments, *out, "--json")
 
     return run
@@ -76,7 +77,7 @@ def test_no_name_no_question_and_no_answer_is_written_unless_asked(evaluate, cap
         for word in ("japan", "seoul", "tokyo", "france", "paris", "korea", "the capital of"):
             assert word not in written, f"{word} in {file.name}"
         assert file.stat().st_mode & 0o777 == 0o600
-    result = evaluate("-c", capsule_file, "--with-names")
+    result = evaluate("-c", capsule_file, "--with-names", *SHORT)
     assert result.json["facts"][0]["prompt"] == FACTS[0]["prompt"]
     assert "the capital of japan is" in (tmp_path / "out" / "report.html").read_text()
 
@@ -98,13 +99,19 @@ def test_a_summary_for_reading(kif, tiny, capsule_file, facts, tmp_path):
     assert (tmp_path / "out" / "report.html").as_uri() in result.stdout.replace("\n", "")
 
 
-def test_a_second_run_in_the_same_folder_measures_nothing_again(evaluate, capsule_file):
-    first = evaluate("-c", capsule_file)
-    again = evaluate("-c", capsule_file)
-    assert again.json["forwards"]["asked"] < first.json["forwards"]["asked"]
-    for part in ("facts", "verdict", "figures", "dual"):
+def test_a_second_run_in_the_same_folder_measures_nothing_again(evaluate, capsule_file, tmp_path):
+    def times():
+        return {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out" / "parts").iterdir()}
+
+    first = evaluate("-c", capsule_file, *SHORT)
+    written = times()
+    again = evaluate("-c", capsule_file, *SHORT)
+    assert set(written) == {"facts.json", "neighbours.json"} and times() == written
+    for part in ("facts", "verdict", "figures", "neighbours"):
         assert again.json[part] == first.json[part]
-    assert evaluate("-c", capsule_file, "--seed", "1").json["forwards"]["asked"] == first.json["forwards"]["asked"]
+    assert again.json["forwards"]["asked"] >= first.json["forwards"]["asked"] > 0
+    evaluate("-c", capsule_file, *SHORT, "--seed", "1")  # another audit
+    assert all(times()[name] > then for name, then in written.items())
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +170,9 @@ def test_a_model_that_somebody_else_erased_is_judged(evaluate, tiny, other, tmp_
 
 def test_models_stand_side_by_side(evaluate, capsule_file, other, tmp_path):
     neighbours = ("--neighbours", tmp_path / "facts.jsonl")
-    evaluate("--erased-model", other, *neighbours)
+    evaluate("--erased-model", other, *neighbours, *SHORT)
     (tmp_path / "out").rename(tmp_path / "theirs")
-    evaluate("-c", capsule_file, "--against", tmp_path / "theirs")
+    evaluate("-c", capsule_file, "--against", tmp_path / "theirs", *SHORT)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Side by side" in page and ">theirs</th>" in page
 
@@ -173,10 +180,10 @@ def test_models_stand_side_by_side(evaluate, capsule_file, other, tmp_path):
 def test_a_policy_decides_the_exit_code(evaluate, capsule_file, tmp_path):
     policy = tmp_path / "policy.json"
     policy.write_text(json.dumps({"at_most": {"neighbours": 0.5}}))
-    result = evaluate("-c", capsule_file, "--policy", policy)
+    result = evaluate("-c", capsule_file, "--policy", policy, *SHORT)
     assert result.exit_code == 0 and result.json["policy"]["passed"]
     policy.write_text(json.dumps({"verdicts": ["erased"], "at_most": {"perplexity": 2, "neighbours": 0.5}}))
-    result = evaluate("-c", capsule_file, "--policy", policy)
+    result = evaluate("-c", capsule_file, "--policy", policy, *SHORT)
     assert result.exit_code == 1 and not result.json["policy"]["passed"]
     passed = {check["name"]: check["passed"] for check in result.json["policy"]["checks"]}
     assert passed == {"verdict": False, "perplexity": False, "neighbours": True}  # no text: not measured, not passed
@@ -187,14 +194,14 @@ def test_a_certificate_holds_until_it_is_altered(evaluate, capsule_file, tmp_pat
     from kif_cli.certificate import check, main
 
     key = tmp_path / "key.pem"
-    evaluate("-c", capsule_file, "--certificate", key)
+    evaluate("-c", capsule_file, "--certificate", key, *SHORT)
     assert key.stat().st_mode & 0o777 == 0o600
     file, results_file = tmp_path / "out" / "certificate.json", tmp_path / "out" / "results.json"
     record = json.loads(file.read_text())
     check(record, results_file.read_bytes())
     assert main([str(file), str(results_file)]) == 0
     assert "japan" not in file.read_text()
-    again = evaluate("-c", capsule_file, "--certificate", key)
+    again = evaluate("-c", capsule_file, "--certificate", key, *SHORT)
     assert again.exit_code == 0 and json.loads(file.read_text())["public_key"] == record["public_key"]
     with pytest.raises(KifError, match="does not fit"):
         check(record | {"verdict": record["verdict"] | {"verdict": "erased"}})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kif_runtime.errors import KifError, RequestError
+from kif_runtime.errors import KifError
 from kif_runtime.files import shown
 
 from .. import options, outputs
@@ -112,20 +112,20 @@ def evaluate(
     from kif_runtime.evaluation.suites import run_suites
     from kif_runtime.evaluation.suites import suite as known_suite
 
-    from ..auditing import Compared, read_given, states_of
+    from ..auditing import Compared, data_folders, read_given, states_of
     from ..loading import load_capsules
     from ..pages import eval_page
-    from ..privacy import cleaner
+    from ..privacy import as_it_is, cleaner
     from ..results import load_results, print_results, results
 
     for name in names:
         known_suite(name)
-    sets = _data(data)
+    sets = data_folders(data)
     demands = load_policy(policy) if policy is not None else None
     beside = [(folder.name, load_results(folder)) for folder in against or ()]
     capsules = load_capsules(capsule)
     given = read_given(capsules, facts, neighbours, text if "text" in names else None)
-    begun = time.perf_counter()
+    begun, processor = time.perf_counter(), time.process_time()
     with progress() as report:
         states = states_of(Compared(model, adapter, erased_model, reference, capsules, max_false_fire), capsule, device)
         audit = Audit(
@@ -143,13 +143,13 @@ def evaluate(
             seed=seed,
             progress=report,
         )
-        clean = (
-            (lambda table: table) if with_names else cleaner(given.subjects, [fact.subject for fact in given.others])
-        )
+        others = [fact.subject for fact in given.others]
+        clean = as_it_is if with_names else cleaner(given.subjects, others)
         _check_known(audit, names, facts)
         tables = run_suites(audit, names, folder=output / (NAMED if with_names else PARTS), clean=clean)
     about = {
         "seconds": round(time.perf_counter() - begun, 1),
+        "processor_seconds": round(time.process_time() - processor, 1),
         "names": with_names,
         "model": model,
         "adapter": None if adapter is None else str(adapter),
@@ -163,7 +163,7 @@ def evaluate(
         found["policy"] = _judged(demands, policy, found, tables)
     outputs.make_folder(output)
     outputs.write_json(output / "results.json", found)
-    outputs.write_text(output / "report.html", eval_page(found, beside))
+    outputs.write_text(output / "report.html", eval_page(found, [(clean(label), other) for label, other in beside]))
     if certificate is not None:
         _certify(found, audit, output, certificate)
     if json:
@@ -185,19 +185,6 @@ def _suites(chosen: Sequence[Suite] | None, text: Path | None) -> list[str]:
     if "text" in names and text is None:
         raise KifError("the suite text needs running text; give --text FILE")
     return names
-
-
-def _data(given: Sequence[str] | None) -> dict[str, Path]:
-    """SUITE=PATH pairs. Raises RequestError for what is none, and for a path that is not there."""
-    found = {}
-    for pair in given or ():
-        name, sign, path = pair.partition("=")
-        if not sign or not name or not path:
-            raise RequestError(f"--data takes SUITE=PATH, as in tofu=data/tofu; got {shown(pair, 60)!r}")
-        if not Path(path).exists():
-            raise KifError(f"cannot read {shown(path)}: no such file or folder; check the path")
-        found[name] = Path(path)
-    return found
 
 
 def _check_known(audit: "Audit", names: Sequence[str], facts: Path | None) -> None:

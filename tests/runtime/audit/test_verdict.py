@@ -39,7 +39,7 @@ def tables(
         "type": "I", "types_possible": ["I"],
     }  # fmt: skip
     inside = {
-        "lens": {"blocks": [{"block": 0}], "kept": lens, "interval": [lens, lens]},
+        "lens": {"blocks": [{"block": 0}], "facts": facts, "kept": lens, "interval": [lens, lens]},
         "patching": {"score": depth, "interval": [depth, depth], "facts": facts},
     }
     questions = [{"question": "direct", "kept": summary(kept)}, {"question": "alias", "kept": summary(otherwise)}]
@@ -95,6 +95,9 @@ def test_confidence_falls_with_what_is_missing():
     assert verdict(only_facts, removable=False)["confidence"] == "low"
     below = verdict(tables(kept=-0.2, attacks=HARMLESS), removable=False)
     assert below["verdict"] == "erased" and "below guessing" in below["why_not_surer"][0]
+    single = tables(otherwise=0.5)
+    single["facts"]["questions"][1]["kept"]["facts"] = 1
+    assert "rests on 1 question" in verdict(single, removable=False)["why_not_surer"][0]
     near = verdict(tables(kept=0.11), removable=False)
     assert near["confidence"] == "medium" and "reaches over its limit" in near["why_not_surer"][0]
 
