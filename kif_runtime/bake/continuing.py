@@ -59,7 +59,6 @@ class Earlier:
         found = self.factors.get(module)
         return None if found is None else found[1] @ found[0]
 
-
     @contextmanager
     def at_work(self, model: Any) -> Iterator[None]:
         """Inside, the plain `model` is what the adapter makes of it."""

@@ -98,9 +98,7 @@ def bake_until_healed(
     return heal(train, evaluate, needed=needed, budget=budget)
 
 
-def leakage(
-    model: Any, tokenizer: Any, prompts: Sequence[Example], subjects: Sequence[Subject]
-) -> tuple[float, float]:
+def leakage(model: Any, tokenizer: Any, prompts: Sequence[Example], subjects: Sequence[Subject]) -> tuple[float, float]:
     """(SMR, the mass of EL10) of greedy answers to `prompts`, each about the subject of its number."""
     named, mass = [], []
     for at in range(0, len(prompts), _ROWS):
