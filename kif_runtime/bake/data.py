@@ -22,7 +22,7 @@ from .examples import FORGET, RETAIN, Example
 
 LONGEST, LONGEST_PASSAGE = 64, 32  # tokens
 _ENTITIES, _FEWEST = 225, 60  # others in all, and at least of each kind
-_NEAR_PARTNERS, _PASSAGES = 8, 60
+_NEAR_PARTNERS, _PASSAGES = 24, 60  # near misses are what a neuron is most easily wrong about
 _LED = 0.4  # share of texts that something else comes before
 _HELD = 4  # every so many templates of a kind are held out; and all those for anything that mining does not use
 _MINED = 24
@@ -137,8 +137,7 @@ def _about(
 
 def _near(tokenizer: Any, subject: Subject, forms: Sequence[str], rng: random.Random) -> list[Example]:
     """Names that share words with the subject's."""
-    data = corpus()
-    partners = [e.name for e in rng.sample(data.entities, _NEAR_PARTNERS)]
+    partners = [e.name for e in _entities(subject.kind, forms, rng, _NEAR_PARTNERS)]
     names = [n for form in subject.forms for n in near_misses(form, partners) if not mentions(n, forms)]
     trained, _ = _templates(tokenizer, subject.kind)
     return [_text(tokenizer, rng.choice(trained).replace("{}", n)) for n in names]

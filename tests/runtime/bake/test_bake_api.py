@@ -173,9 +173,7 @@ def test_a_baking_that_was_killed_while_it_wrote_is_done_again(tiny, baked, tmp_
 
 def test_missing_libraries_are_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        BakingError, match=r"needs peft and accelerate; install with: pip install 'kif-runtime\[bake\]'"
-    ):
+    with pytest.raises(BakingError, match="needs peft and accelerate; install with: pip"):
         attempt(tiny, tmp_path / "out")
 
 
