@@ -10,6 +10,7 @@ from .audit import Audit, Running, State, Subject
 from .facts import BARE, Fact, Progress, excess_kept
 from .kinds import kind_of, name_states
 from .statistics import bootstrap, summary
+from .surface import mentions
 from .text import TOKENS, WINDOW, predicted, sample_text
 
 LEAST_EXCESS = 0.15
@@ -108,8 +109,28 @@ def by_distance(audit: Audit, moved: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def running_text(audit: Audit) -> dict[str, Any]:
-    """Perplexity of running text before and after, and which of its tokens the gate touched."""
-    return text_rows(audit, tokens=audit.pick(quick=TOKENS // 5, full=TOKENS))
+    """Perplexity of running text before and after, which of its tokens the gate touched, and false fires."""
+    tokens = audit.pick(quick=TOKENS // 5, full=TOKENS)
+    table = text_rows(audit, tokens=tokens)
+    return table | false_fires(audit, tokens, table["touched"])
+
+
+def false_fires(audit: Audit, tokens: int | None, touched: dict[str, int] | None) -> dict[str, Any]:
+    """{"false_fires", "false_fire_share"}: tokens that fire in the text without the paragraphs that name a subject.
+
+    What fires there was not meant to. None without a gate, or where every paragraph names one.
+    """
+    nothing = {"false_fires": None, "false_fire_share": None}
+    if touched is None or audit.text is None:
+        return nothing
+    names = [name for subject in audit.subjects for name in subject.names]
+    rest = "".join(line for line in audit.text.splitlines(keepends=True) if not mentions(line, names))
+    if len(audit.tokenizer(rest[:200], add_special_tokens=False)["input_ids"]) < 2:
+        return nothing
+    ids = sample_text(audit.tokenizer, rest, tokens=tokens).ids
+    _, fired = audit.losses(audit.after, ids)
+    count = sum((fired or {}).values())
+    return {"false_fires": count, "false_fire_share": count / ids.numel()}
 
 
 def text_rows(audit: Audit, *, window: int = WINDOW, tokens: int | None = TOKENS) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def evaluate(kif, tiny, facts, tmp_path):
 
 def test_figures_and_page(evaluate, tiny, capsule_file, facts, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("the rice and the city in japan . a city in korea\n" * 20)
+    text.write_text("the rice and the city in japan . a city in korea\nthe rice in paris\n" * 20)
     result = evaluate("-c", capsule_file, "--text", text, "--with-names")
     assert result.exit_code == 0
     out = tmp_path / "out"
@@ -50,7 +50,7 @@ def test_figures_and_page(evaluate, tiny, capsule_file, facts, tmp_path):
     assert fact["after"] != pytest.approx(fact["before"], rel=1e-3)
     assert result.json["neighbours"]["facts"] == 2
     assert result.json["neighbours"]["mean"] == 0
-    assert result.json["text"]["touched"] == {"japan": 20}
+    assert result.json["text"]["touched"] == {"japan": 20} and result.json["text"]["false_fires"] == 0
     assert result.json["suites"] == ["facts", "neighbours", "dual", "text"]
     assert result.json["verdict"]["verdict"] in ("leaking", "suppressed")  # a gate can be taken off
     assert 0 < result.json["forwards"]["saved"] < result.json["forwards"]["asked"]
