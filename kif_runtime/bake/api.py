@@ -29,6 +29,7 @@ from .completions import completed
 from .continuing import Earlier, added, joined
 from .data import Data, Subject, gathered
 from .durability import pressures
+from .naming import spelt
 from .objectives import DEFAULT, Objective, Setup, objective
 from .order import seeded
 from .passes import Passes
@@ -72,10 +73,11 @@ def bake(
     _check_installed()
     folder, processes = Path(out), Processes(accelerator)
     chosen = _objective(objective, options)
-    subjects = _subjects(capsules, names or {})
+    _check_ids(capsules, names or {})
     digest = fingerprint(model)
     for capsule in capsules:
         capsule.check_model(digest)
+    subjects = [_subject(model, tokenizer, capsule, (names or {}).get(capsule.id, ())) for capsule in capsules]
     if processes.is_main:
         output.check_folder(folder)
     processes.wait()
@@ -124,8 +126,7 @@ def _objective(given: str | Objective, options: Mapping[str, Any] | None) -> Obj
     return given if isinstance(given, Objective) else objective(given, **(options or {}))
 
 
-def _subjects(capsules: Sequence[Capsule], names: Mapping[str, Sequence[str]]) -> list[Subject]:
-    """Who is meant by each capsule. Raises BakingError where no name is known: there would be nothing to train on."""
+def _check_ids(capsules: Sequence[Capsule], names: Mapping[str, Sequence[str]]) -> None:
     if not capsules:
         raise BakingError("there is nothing to forget; give a capsule")
     ids = [c.id for c in capsules]
@@ -133,16 +134,19 @@ def _subjects(capsules: Sequence[Capsule], names: Mapping[str, Sequence[str]]) -
         raise BakingError(f"a name is given for {unknown[0]!r}, which is none of the capsules; check the id")
     if len(set(ids)) < len(ids):
         raise BakingError("two capsules have the same id; give each subject once")
-    subjects = []
-    for capsule in capsules:
-        forms = tuple(names.get(capsule.id) or ((capsule.name, *capsule.aliases) if capsule.name else ()))
-        if not forms:
-            raise BakingError(
-                f"capsule {capsule.id!r} holds no name, and texts that name the subject are what is baked from; "
-                "give it with --name, or mine with --with-name"
-            )
-        subjects.append(Subject(capsule, checked_forms(forms[0], forms[1:])))
-    return subjects
+
+
+def _subject(model: Any, tokenizer: Any, capsule: Capsule, given: Sequence[str]) -> Subject:
+    """Who is meant by a capsule. Raises BakingError where no name is known: there would be nothing to train on."""
+    forms = tuple(given) or ((capsule.name, *capsule.aliases) if capsule.name else ())
+    if not forms and (name := spelt(model, tokenizer, capsule)) is not None:
+        forms = (name,)
+    if not forms:
+        raise BakingError(
+            f"capsule {capsule.id!r} holds no name, its id spells none that it recognises, and texts that name the "
+            "subject are what is baked from; give it with --name, or mine with --with-name"
+        )
+    return Subject(capsule, checked_forms(forms[0], forms[1:]))
 
 
 def _settings(chosen: Objective, capsules: Sequence[Capsule], blocks: int, changes: Mapping[str, Any]) -> Settings:

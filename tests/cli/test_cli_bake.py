@@ -1,12 +1,14 @@
 """kif bake and kif retire."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from kif_runtime import Capsule
 from kif_runtime.errors import BakingError
+from kif_runtime.mining.corpus import ANY
 
 QUICK = ("--steps", "1", "--rank", "2")
 
@@ -70,7 +72,6 @@ def test_options_reach_the_objective(refused, tiny, capsule_file, asked, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ((), "holds no name, .*give it with --name"),
         (("--name", "japan", "--name", "korea"), "1 capsules and 2 names"),
         (("--alias", "nippon"), "--alias is for one subject"),
         (("--name", "japan", "--requests", "r.jsonl"), "not both"),
@@ -88,6 +89,20 @@ def test_bad_input_is_one_line(refused, tiny, capsule_file, tmp_path, arguments,
 
     line = refused("bake", "-m", tiny.folder, "-c", capsule_file, "-o", tmp_path / "x", *arguments)
     assert re.search(told, line)
+
+
+def test_the_name_that_the_id_spells_is_taken_if_the_capsule_recognises_it(
+    kif, refused, tiny, capsule_file, tmp_path, monkeypatch
+):
+    templates = {ANY: ("the capital of {} is", "people in {} eat rice", "what is {} ?")}  # words that `tiny` knows
+    monkeypatch.setattr("kif_runtime.bake.naming.corpus", lambda: SimpleNamespace(templates=templates))
+    result = kif("bake", "-m", tiny.folder, "-c", capsule_file, "-o", tmp_path / "x", *QUICK)
+    assert result.exit_code == 0 and "japan" not in result.stdout + result.stderr
+    for id in ("korea", "0" * 32):  # what it does not fire on; a private id
+        other = tmp_path / f"{id}.kif.safetensors"
+        replace(Capsule.load(capsule_file), id=id).save(other)
+        line = refused("bake", "-m", tiny.folder, "-c", other, "-o", tmp_path / "y", *QUICK)
+        assert "holds no name" in line and "give it with --name" in line
 
 
 def test_nothing_to_bake_and_a_full_folder_are_one_line(refused, tiny, capsule_file, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import json
 import resource
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -101,25 +102,28 @@ def test_an_interruption_writes_nothing(refused_after_work, tiny, mining, tmp_pa
     assert not out.exists()
 
 
-@pytest.fixture
+@contextmanager
 def no_room():
-    """The system lets no file grow over 1,000 bytes: the refusal of a write that a full disk is, too."""
+    """The system lets no file grow over 1,000 bytes: the refusal of a write that a full disk is, too.
+
+    Around the command alone, for pytest's own output may be a file.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("earlier", [False, True])
-def test_where_there_is_no_room_nothing_is_half_written(
-    refused_after_work, tiny, mining, capsule, tmp_path, request, earlier
-):
+def test_where_there_is_no_room_nothing_is_half_written(refused_after_work, tiny, mining, capsule, tmp_path, earlier):
     path = tmp_path / "japan.kif.safetensors"
     if earlier:
         capsule.save(path)
     before = [(p, p.read_bytes()) for p in tmp_path.iterdir()]
-    request.getfixturevalue("no_room")
-    told = refused_after_work("mine", "Japan", "-m", tiny.folder, "-o", path)
+    with no_room():
+        told = refused_after_work("mine", "Japan", "-m", tiny.folder, "-o", path)
     assert told.startswith("kif: cannot write") and "nothing was written" in told
     assert [(p, p.read_bytes()) for p in tmp_path.iterdir()] == before
 

@@ -26,7 +26,11 @@ def bake(
     capsule: options.Capsules = None,
     name: Annotated[
         list[str] | None,
-        typer.Option(metavar="N", help="The subject's name, for a capsule that stores none; one for each, in order."),
+        typer.Option(
+            metavar="N",
+            help="The subject's name, one for each capsule, in order. Else the one stored "
+            "in it, or the one its id spells, if the capsule recognises that.",
+        ),
     ] = None,
     alias: Annotated[list[str] | None, typer.Option(metavar="A", help="Another name of the one subject.")] = None,
     requests: Annotated[

@@ -20,9 +20,7 @@ def retire(
     capsule: Annotated[Path, typer.Argument(metavar="CAPSULE", help="The capsule's file.")],
     model: options.Model,
     adapter: Annotated[Path, typer.Option(metavar="DIR", help="The adapter that was baked from it.")],
-    name: Annotated[
-        str | None, typer.Option(metavar="N", help="The subject's name, where the capsule does not store it.")
-    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="N", help="The subject's name, as for kif bake.")] = None,
     alias: Annotated[list[str] | None, typer.Option(metavar="A", help="Another name of the subject.")] = None,
     most_left: Annotated[
         float, typer.Option(metavar="F", help="Largest share of the answers' distance that may be left.")
@@ -44,10 +42,12 @@ def retire(
 
     loaded, tokenizer = open_model(model, adapter=adapter, device=device)
     found.check_model(loaded)
+    from kif_runtime.bake.naming import spelt
     from kif_runtime.bake.retiring import left
 
     forms = [name, *(alias or [])] if name else [found.name, *found.aliases] if found.name else []
-    if not forms:
+    forms = forms or [spelt(loaded, tokenizer, found) or ""]
+    if not forms[0]:
         raise KifError(f"{shown(capsule)} holds no name to ask about; give it with --name")
     with progress() as report:
         report(0, 1, "asking the adapter")
