@@ -172,4 +172,7 @@ def test_after_the_hosts_norm_only_fired_tokens_change(make_site, random_tokens,
     assert torch.equal(total, expected)
     assert torch.equal(total[~fired], residual[~fired])
     assert ours[~fired].isnan().all()
-    assert torch.allclose(ours[fired], theirs[fired], rtol=2 * torch.finfo(dtype).eps, atol=0)
+    # The mean square is summed in another order: about log2(576) roundings on each side, half of which the root keeps,
+    # and three of products. In 16 bits nothing but the last rounding shows.
+    steps = 8 if dtype == torch.float32 else 2
+    assert torch.allclose(ours[fired], theirs[fired], rtol=steps * torch.finfo(dtype).eps, atol=0)

@@ -126,7 +126,6 @@ def attempt(tiny, out, **changes):
     ("changes", "told"),
     [
         ({"capsules": []}, "nothing to forget; give a capsule"),
-        ({"names": {}}, "holds no name, .*--name, or mine with --with-name"),
         ({"names": {"zembla": [NAME], "x": ["X"]}}, "none of the capsules"),
         ({"names": {"zembla": [" "]}}, "name, or an alias, is empty"),
         ({"settings": QUICK | {"rank": 97}}, "rank 97 does not fit .*ask for 1 to 96"),
@@ -144,6 +143,12 @@ def test_what_cannot_be_baked_is_refused(tiny, tmp_path, changes, told):
     with pytest.raises(KifError, match=told):
         attempt(tiny, tmp_path / "out", **changes)
     check_unchanged(tiny.model, before)
+
+
+def test_a_private_capsule_without_a_name_is_refused(tiny, tmp_path):
+    private = replace(tiny.capsule, id="0" * 32)
+    with pytest.raises(BakingError, match=r"holds no name, .*--name, or mine with --with-name"):
+        attempt(tiny, tmp_path / "out", capsules=[private], names={})
 
 
 def test_a_capsule_of_another_model_is_refused(tiny, tmp_path):
