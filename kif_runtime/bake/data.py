@@ -4,17 +4,15 @@ Templates that validation uses are never trained on, and none of these texts is 
 in memory; nothing here is written.
 """
 
-import json
 import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..capsule import Capsule
 from ..errors import BakingError
-from ..files import reason, shown
+from ..json_lines import read_lines
 from ..mining.corpus import ANY, Entity, corpus, mentions, near_misses
 from ..mining.neutral import spread
 from ..mining.repeated import repeated
@@ -92,28 +90,18 @@ def held_out(tokenizer: Any, subjects: Sequence[Subject], seed: int = 0) -> tupl
 def own_examples(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     """The rows of a user's JSON lines file: `prompt`, `completion`, `split` ("forget" or "retain"). Raises BakingError,
     naming file and line, for a bad one; also where no row is there."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as failure:
-        told = reason(failure) if isinstance(failure, OSError) else "it is not UTF-8 text"
-        raise BakingError(f"cannot read {shown(path)}: {told}") from None
-    rows = [_row(path, n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise BakingError(f'{shown(path)} holds no examples; write lines with "prompt", "completion" and "split"')
-    return rows
+    holds = 'examples; write lines with "prompt", "completion" and "split"'
+    return read_lines(path, _row, holds, error=BakingError)
 
 
-def _row(path: str | os.PathLike[str], number: int, line: str) -> dict[str, str]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
+def _row(row: Any) -> dict[str, str]:
+    """Raises ValueError for anything that is no example."""
     if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("prompt", "completion", "split")):
-        raise BakingError(f'{shown(path)}, line {number}: not an object with texts "prompt", "completion" and "split"')
+        raise ValueError('not an object with texts "prompt", "completion" and "split"')
     if row["split"] not in (FORGET, RETAIN):
-        raise BakingError(f'{shown(path)}, line {number}: "split" is neither "forget" nor "retain"')
+        raise ValueError('"split" is neither "forget" nor "retain"')
     if not (row["prompt"] + row["completion"]).strip():
-        raise BakingError(f"{shown(path)}, line {number}: prompt and completion are empty")
+        raise ValueError("prompt and completion are empty")
     return row
 
 

@@ -3,11 +3,10 @@
 import re
 from typing import Any
 
-import torch
-
 from ..capsule import Capsule
 from ..errors import MiningError
 from ..evaluation.firing import watching
+from ..evaluation.thresholds import hits_on
 from ..mining.corpus import ANY, corpus
 from ..mining.reading import Prompt, Reader, undisturbed
 
@@ -40,12 +39,11 @@ def spellings(id: str) -> tuple[str, ...]:
 def _recognised(reader: Reader, capsule: Capsule, name: str) -> float:
     """The share of control sentences about `name` in which the capsule fires on its last token."""
     prompts = [Prompt.of(t, name) for t in corpus().templates[ANY] if t.count("{}") == 1]
-    prompts.sort(key=lambda p: len(p.text))  # the order in which the reader reads them, all in one batch
     try:
-        ends = torch.tensor([span[-1] for span in reader.name_tokens(prompts)])
+        spans = reader.name_tokens(prompts)
     except MiningError:  # the tokenizer has nothing for this spelling
         return 0.0
     with watching(reader.model, [capsule], apply=True) as firing:
-        reader.states([p.text for p in prompts], capsule.sites[-1])
-        hits = firing.hits.any(-1).view(len(prompts), -1)
-    return float(hits[torch.arange(len(ends)), ends].float().mean())
+        hits = hits_on(reader, firing, [p.text for p in prompts])
+        found = [bool(hit[span[-1]]) for hit, span in zip(hits, spans, strict=True)]
+    return sum(found) / len(found)

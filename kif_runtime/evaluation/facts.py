@@ -8,19 +8,18 @@ A file of facts is JSON lines with `subject`, `prompt` (which names the subject)
 
 import dataclasses
 import inspect
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..blocks import unwrapped
 from ..errors import KifError
-from ..files import reason, shown
+from ..files import shown
+from ..json_lines import read_lines
 
 Progress = Callable[[int, int, str], None]
 
@@ -74,31 +73,7 @@ class Fact:
 
 def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
     """The facts in a JSON lines file. Raises KifError, naming file and line, for a bad row; also for an empty file."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines would also split inside JSON strings
-    except UnicodeDecodeError:
-        raise KifError(f"{shown(path)} is not UTF-8 text; give a JSON lines file of facts") from None
-    except OSError as failure:
-        raise KifError(f"cannot read {shown(path)}: {reason(failure)}") from failure
-    facts = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                facts.append(_fact(_json(line)))
-            except ValueError as problem:
-                raise KifError(f"{shown(path)}, line {number}: {problem}; mend or remove the line") from None
-    if not facts:
-        raise KifError(f"{shown(path)} holds no facts; give a JSON lines file with subject, prompt and answer")
-    return facts
-
-
-def _json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as problem:
-        raise ValueError(f"no JSON ({problem.msg} at character {problem.pos})") from None
-    except RecursionError:
-        raise ValueError("no JSON that could be read (nested too deep)") from None
+    return read_lines(path, _fact, "facts; give a JSON lines file with subject, prompt and answer")
 
 
 def _fact(row: Any) -> Fact:

@@ -51,15 +51,18 @@ def rates(model: Any, tokenizer: Any, capsule: Capsule, names: Sequence[str] = (
     others = [text for text in corpus().passages if not (names and mentions(text, names))]
     with watching(model, [capsule], apply=True) as firing:
         spans = reader.name_tokens(prompts) if prompts else []
-        hits = list(_hits(reader, firing, [p.text for p in prompts]))
+        hits = list(hits_on(reader, firing, [p.text for p in prompts]))
         found = [bool(hit[span].any()) for hit, span in zip(hits, spans, strict=True)]
-        tokens = torch.cat(list(_hits(reader, firing, others)))
+        tokens = torch.cat(list(hits_on(reader, firing, others)))
     recall = sum(found) / len(found) if found else None
     return Rates(recall, len(found), float(tokens.float().mean()), len(tokens))
 
 
-def _hits(reader: Reader, firing: Firing, texts: Sequence[str]) -> Iterator[Tensor]:
-    """For each text, in order, on which of its tokens the capsule fires, [T] bool. Blocks after its sites rest."""
+def hits_on(reader: Reader, firing: Firing, texts: Sequence[str]) -> Iterator[Tensor]:
+    """For each text, in order, on which of its tokens the capsule fires, [T] bool. Blocks after its sites rest.
+
+    reader: with `batch_tokens` for _BATCH texts, since `firing` knows only the last batch.
+    """
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     found: dict[int, Tensor] = {}
     for start in range(0, len(order), _BATCH):
