@@ -31,7 +31,8 @@ def spellings(id: str) -> tuple[str, ...]:
     """How running text may write the words of an id, likeliest first."""
     words = id.split("-")
     title = [word[:1].upper() + word[1:] for word in words]
-    inner = [word if i > 0 and len(word) <= _SHORT else title[i] for i, word in enumerate(words)]
+    inside = range(1, len(words) - 1)
+    inner = [word if i in inside and len(word) <= _SHORT else title[i] for i, word in enumerate(words)]
     found = [" ".join(inner), " ".join(title), "-".join(title), " ".join(words).upper(), " ".join(words)]
     return tuple(dict.fromkeys(found))
 
