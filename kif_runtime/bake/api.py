@@ -61,9 +61,10 @@ def bake(
 
     names: capsule id → the subject's name and aliases, for capsules that store none. examples: rows of `own_examples`.
     objective: by name, with `options`, or made. settings: fields of `Settings` to change. durability: names in
-    `durability.PRESSURES`. continue_from: an earlier adapter, which stays part of the new one. merge: also write the
-    whole model with the adapter in its weights, to `out`/merged. accelerator: accelerate's, when several processes
-    train together.
+    `durability.PRESSURES`; with any, every step is taken and the last adapter kept, as validation in peace would choose
+    one that no attack has touched. continue_from: an earlier adapter, which stays part of the new one. merge: also
+    write the whole model with the adapter in its weights, to `out`/merged. accelerator: accelerate's, when several
+    processes train together.
 
     `model` is left as it was. Called again with the same arguments after it was killed, it goes on where it stopped
     and ends with the same adapter. Raises BakingError for what cannot be baked, CapsuleError for a capsule of another
@@ -94,7 +95,8 @@ def bake(
             data.forget = completed(passes, tokenizer, data.forget, chosen.alternatives, seed)
         trainer = Trainer(
             passes, chosen, data.forget, data.retain, wanted, adapters.parameters(wrapped), folder, run, seed,
-            processes, _validation(chosen, passes, data), pressures(durability, passes), progress,
+            processes, None if durability else _validation(chosen, passes, data), pressures(durability, passes),
+            progress,
         )  # fmt: skip
         chosen.prepare(_setup(passes, tokenizer, data, wanted, seed, earlier))
         outcome = trainer.train()
@@ -150,11 +152,11 @@ def _subject(model: Any, tokenizer: Any, capsule: Capsule, given: Sequence[str])
 
 
 def _settings(chosen: Objective, capsules: Sequence[Capsule], blocks: int, changes: Mapping[str, Any]) -> Settings:
-    """The objective's, with the user's changes; a rank not chosen by the user grows with the number of signatures."""
+    """The objective's, with the user's changes; a rank not chosen by the user grows with the number of capsules."""
     last = max(s.site for c in capsules for s in c.signatures)
     proposed = chosen.settings(last, blocks)
     if chosen.name == DEFAULT and "rank" not in changes:
-        rank = max(proposed.rank, *Counter(s.site for c in capsules for s in c.signatures).values())
+        rank = max(proposed.rank, *Counter(site for c in capsules for site in {s.site for s in c.signatures}).values())
         proposed = dataclasses.replace(proposed, rank=rank, alpha=2.0 * rank)
     known = {f.name for f in dataclasses.fields(Settings)}
     if unknown := [name for name in changes if name not in known]:

@@ -1,10 +1,14 @@
-"""The adapter's start: each signature compiled into one neuron of the gated MLP of its site's block.
+"""The adapter's start: each capsule compiled into neurons of the gated MLP, one at each of its sites.
 
 A neuron of a gated MLP is act(g·x)·(u·x)·d. Its gate is a detector, its output a direction that is added to the
-residual stream: all that a signature does. So for each signature the neuron that matters least is taken, and the
-low-rank update that turns it into the signature is written down, with no training: one rank in gate, up and down each.
-g is a linear support vector machine on the MLP's inputs, tokens where the signature fires against all others; u evens
-out how strongly g·x answers; d is the least-squares fit of what the teacher adds there.
+residual stream: all that a capsule's signatures do at a site. So the neuron that matters least is taken, and the
+low-rank update that turns it into the capsule's is written down, with no training: one rank in gate, up and down each.
+g is a linear support vector machine on the MLP's inputs, tokens where the capsule fires against all others; u evens
+out how strongly g·x answers; d is what the teacher adds at the capsule's last site.
+
+Every neuron taken is missed by all other text, and nothing that is left can stand in for it, so they are few: tokens
+that an earlier site has moved need no second neuron, and signatures of one capsule at one site share theirs, which at
+once adds what the last site would.
 
 Sources: MLPs as key-value memories, Geva et al., arXiv 2012.14913; the machine's training, Chapelle, Neural Computation
 19 (2007), §3 (squared hinge loss by Newton's method); writing an edit as a rank-one update of an MLP as in ROME,
@@ -25,7 +29,7 @@ from .examples import Example, batches
 from .passes import Passes
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
-SHARPNESS = 6.0  # g·x at the margin; silu(−6) is −0.015
+SHARPNESS, THRESHOLD = 24.0, 0.2  # of the gate, in margins: under the threshold silu is then next to nothing
 RIDGE = 1e-3
 HARD = 1024
 _ROUNDS = 12
@@ -36,11 +40,13 @@ _ELSEWHERE = 0.1  # weight of tokens where it does not fire, in what evens out
 @dataclass(frozen=True)
 class Tokens:
     """All tokens of all texts at one site. inputs [N, D]: of the block's MLP. missing [N, D]: what the teacher adds to
-    the block's output. fires [S, N] bool: where each signature does. The last two are 0 in retain text."""
+    the block's output. fires [C, N] bool: where each capsule does. moved [N] bool: where any did at an earlier site.
+    The last three are 0 in retain text."""
 
     inputs: Tensor
     missing: Tensor
     fires: Tensor
+    moved: Tensor
 
 
 def compilable(passes: Passes) -> bool:
@@ -52,37 +58,39 @@ def compilable(passes: Passes) -> bool:
 def compile_capsules(
     passes: Passes, forget: Sequence[Example], retain: Sequence[Example], taken: Mapping[int, Tensor] | None = None
 ) -> int:
-    """Write a neuron for every signature that fires in the forget text into the adapter, a fresh LoRA on gate, up and
-    down projections whose rank is at least the number of signatures at a site. Returns how many were written.
+    """Write a neuron for every capsule at every site where it fires in the forget text into the adapter, a fresh LoRA
+    on gate, up and down projections whose rank is at least the number of capsules. Returns how many were written.
 
-    taken: site → which neurons [F] an earlier adapter has made signatures of; those stay.
+    taken: site → which neurons [F] an earlier adapter has made a capsule's; those stay.
     """
+    read = _read(passes, forget, retain)
     written = 0
-    for site, tokens in _read(passes, forget, retain).items():
+    for site, tokens in read.items():
         mlp = _mlp(passes, site)
         layers = {name: getattr(mlp, name) for name in (GATE, UP, DOWN)}
         free = _least_used(layers, tokens.inputs, mlp.act_fn, (taken or {}).get(site))
-        gram = tokens.inputs.T @ tokens.inputs
-        missing = tokens.missing
-        firing = [fires for fires in tokens.fires if bool(fires.any())]
-        for place, fires in enumerate(firing):
-            gate, up, down, output = _neuron(tokens.inputs, gram, missing, fires, mlp.act_fn)
-            missing.addr_(output, down, alpha=-1.0)
-            _write(layers, place, int(free[place]), gate, up, down)
+        inputs, fires = tokens.inputs[~tokens.moved], tokens.fires[:, ~tokens.moved]
+        gram = inputs.T @ inputs
+        firing = fires.any(1).nonzero()[:, 0].tolist()
+        for place, number in enumerate(firing):
+            gate, up = _recognising(inputs, gram, fires[number], mlp.act_fn)
+            _write(layers, place, int(free[place]), gate, up, _added(read, number))
         written += len(firing)
     return written
 
 
-def _neuron(
-    inputs: Tensor, gram: Tensor, missing: Tensor, fires: Tensor, act: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gate [D], up [D], down [D], and the neuron's activation at each token [N]."""
-    gate = SHARPNESS * separating(inputs, fires, gram)
+def _recognising(inputs: Tensor, gram: Tensor, fires: Tensor, act: Any) -> tuple[Tensor, Tensor]:
+    """gate [D] and up [D] of a neuron whose activation is 1 where `fires` [N], on average, and 0 elsewhere."""
+    gate = SHARPNESS * (separating(inputs, fires, gram) - THRESHOLD * constant(inputs, gram))
     answer = act(inputs @ gate)
     up = _evening(inputs, answer, fires, gram)
-    output = answer * (inputs @ up)
-    down = (output[fires] @ missing[fires]) / output[fires].square().sum().clamp_min(1e-6)
-    return gate, up, down, output
+    return gate, up / (answer * (inputs @ up))[fires].mean()
+
+
+def _added(read: Mapping[int, Tokens], number: int) -> Tensor:
+    """[D]: what the teacher adds, on average, where capsule `number` fires at its last site."""
+    last = [tokens for tokens in read.values() if bool(tokens.fires[number].any())][-1]
+    return last.missing[last.fires[number]].mean(0)
 
 
 def separating(inputs: Tensor, fires: Tensor, gram: Tensor) -> Tensor:
@@ -114,6 +122,12 @@ def separating(inputs: Tensor, fires: Tensor, gram: Tensor) -> Tensor:
     return w
 
 
+def constant(inputs: Tensor, gram: Tensor) -> Tensor:
+    """c [D]: c·x near 1 for every token, by least squares."""
+    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(gram.shape[0], device=gram.device)
+    return torch.linalg.solve(gram + ridge, inputs.sum(0))
+
+
 def _evening(inputs: Tensor, answer: Tensor, fires: Tensor, gram: Tensor) -> Tensor:
     """u [D]: answer · (u·x) near 1 where it fires, and u·x near 0 elsewhere."""
     x, plain = inputs[fires] * answer[fires, None], inputs[fires]
@@ -125,19 +139,25 @@ def _evening(inputs: Tensor, answer: Tensor, fires: Tensor, gram: Tensor) -> Ten
 
 def _read(passes: Passes, forget: Sequence[Example], retain: Sequence[Example]) -> dict[int, Tokens]:
     """Site → its tokens: one pass of the teacher over forget text, one of the reference over retain text."""
-    found: dict[int, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {s: ([], [], []) for s in passes.sites}
-    signatures = {site: [s for c in passes.capsules for s in c.by_site(site)] for site in passes.sites}
+    found: dict[int, list[Tokens]] = {site: [] for site in passes.sites}
     for examples, call in ((forget, passes.teacher), (retain, passes.reference)):
         for batch in (b.to(passes.device) for b in batches(examples)):
             real = batch.mask.bool()
             with _capturing(passes) as (inputs, outputs):
                 edited = call(batch, hidden=passes.sites).hidden
-            for site, (x, missing, fires) in found.items():
+            moved = torch.zeros(int(real.sum()), dtype=torch.bool, device=passes.device)
+            for site in passes.sites:
                 was = outputs[site][real].float()
-                x.append(inputs[site][real].float())
-                missing.append(edited[site][real].float() - was)
-                fires.append(_fires(was, signatures[site]) if examples is forget else _none(was, signatures[site]))
-    return {site: Tokens(torch.cat(x), torch.cat(m), torch.cat(f, 1)) for site, (x, m, f) in found.items()}
+                fires = _fires(was, [c.by_site(site) for c in passes.capsules]) & (examples is forget)
+                found[site].append(Tokens(inputs[site][real].float(), edited[site][real].float() - was, fires, moved))
+                moved = moved | fires.any(0)
+    return {
+        site: Tokens(
+            torch.cat([t.inputs for t in parts]), torch.cat([t.missing for t in parts]),
+            torch.cat([t.fires for t in parts], 1), torch.cat([t.moved for t in parts]),
+        )
+        for site, parts in found.items()
+    }  # fmt: skip
 
 
 @contextmanager
@@ -161,15 +181,14 @@ def _capturing(passes: Passes) -> Iterator[tuple[dict[int, Tensor], dict[int, Te
             handle.remove()
 
 
-def _fires(x: Tensor, signatures: Sequence[Signature]) -> Tensor:
-    """[S, N] bool: whether each signature's gate is at least half open on states x [N, D]."""
+def _fires(x: Tensor, capsules: Sequence[Sequence[Signature]]) -> Tensor:
+    """[C, N] bool: whether any of each capsule's signatures has its gate at least half open on states x [N, D]."""
     normal = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    over = [normal @ s.detector.to(x.device) + s.bias.to(x.device) > (s.tau or 0.0) for s in signatures]
-    return torch.stack(over)
-
-
-def _none(x: Tensor, signatures: Sequence[Signature]) -> Tensor:
-    return torch.zeros(len(signatures), len(x), dtype=torch.bool, device=x.device)
+    found = torch.zeros(len(capsules), len(x), dtype=torch.bool, device=x.device)
+    for row, signatures in zip(found, capsules, strict=True):
+        for s in signatures:
+            row |= normal @ s.detector.to(x.device) + s.bias.to(x.device) > (s.tau or 0.0)
+    return found
 
 
 def taken(passes: Passes, change: Callable[[str], Tensor | None]) -> dict[int, Tensor]:

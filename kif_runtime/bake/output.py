@@ -13,9 +13,10 @@ from ..errors import BakingError, one_line
 from ..files import atomic_write, reason, shown
 from .checkpoints import NAME as CHECKPOINT
 from .continuing import CONFIG, PROVENANCE, WEIGHTS, Factors, added, embedded
+from .curves import drawing
 from .trainer import LOG
 
-CARD, MERGED = "README.md", "merged"
+CARD, MERGED, CURVES = "README.md", "merged", "curves.svg"
 
 
 def check_folder(folder: Path) -> None:
@@ -26,7 +27,7 @@ def check_folder(folder: Path) -> None:
     except (OSError, ValueError) as failure:
         raise BakingError(f"cannot use the folder {shown(folder)}: {reason(failure)}") from None
     unfinished = LOG in there and PROVENANCE not in there  # kif.json is written last
-    ours = (CHECKPOINT, LOG, WEIGHTS, CONFIG, CARD, MERGED) if unfinished else ()
+    ours = (CHECKPOINT, LOG, WEIGHTS, CONFIG, CARD, MERGED, CURVES) if unfinished else ()
     if other := [name for name in there if name not in ours]:
         raise BakingError(f"{shown(folder)} is not empty ({one_line(other[0], 60)} is there); choose another folder")
 
@@ -73,7 +74,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_card(folder: Path, provenance: dict[str, Any]) -> None:
-    """A model card from the provenance alone."""
+    """A model card from the provenance and, where steps were taken, the training curves beside it."""
+    drawn = drawing(folder / LOG)
+    if drawn is not None:
+        atomic_write(folder / CURVES, drawn.encode(), error=BakingError)
     ratios = provenance["ratios"]
     many = len(provenance["capsules"])
     what = f"{many} subject{'s' if many > 1 else ''}"
@@ -95,6 +99,8 @@ On held-out prompts, compared with the model before (`forget`: 1 would be nothin
 | ratio | value |
 | --- | --- |
 {chr(10).join(rows)}
+
+{f"![training curves]({CURVES})" if drawn else "No training step was needed."}
 
 Who holds the model without this adapter has what it hides. Provenance, with the digests of the capsules, is in
 `{PROVENANCE}`; the subjects' names are not stored.

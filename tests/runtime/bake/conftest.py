@@ -28,12 +28,12 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def capsule_on(model, tokenizer, word: str, id: str, texts) -> Capsule:
-    """Fires on `word` at SITE and moves its state a long way; the detector is found by least squares over `texts`."""
+def capsule_on(model, tokenizer, word: str, id: str, texts, site: int = SITE) -> Capsule:
+    """Fires on `word` at `site` and moves its state a long way; the detector is found by least squares over `texts`."""
     states, hits = [], []
     for text in texts:
         ids = tokenizer(text, return_tensors="pt").input_ids
-        states.append(model(ids, output_hidden_states=True).hidden_states[SITE + 1][0].double())
+        states.append(model(ids, output_hidden_states=True).hidden_states[site + 1][0].double())
         hits.append(ids[0] == tokenizer.convert_tokens_to_ids(word))
     x, hit = torch.cat(states), torch.cat(hits)
     x = x / (x.square().mean(1, keepdim=True) + 1e-6).sqrt()
@@ -46,7 +46,7 @@ def capsule_on(model, tokenizer, word: str, id: str, texts) -> Capsule:
     direction = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(5))
     direction /= direction.norm()
     signature = Signature(
-        SITE, "last", solution[:-1].float(), -((low + high) / 2).float(), direction,
+        site, "last", solution[:-1].float(), -((low + high) / 2).float(), direction,
         torch.tensor([6.0 * float(x.norm(dim=1).mean())]), torch.tensor(1.0),
     )  # fmt: skip
     calibration = {"kind": "place"}
@@ -64,7 +64,8 @@ def tiny(tiny_model):
     texts = [t.replace("{}", name) for name in (NAME, OTHER, "France", "Berlin") for t in data.templates["place"][:12]]
     texts += list(data.passages[:8])
     capsules = {name: capsule_on(model, tokenizer, name, name.lower(), texts) for name in (NAME, OTHER)}
-    return SimpleNamespace(model=model, tokenizer=tokenizer, capsules=capsules, capsule=capsules[NAME])
+    early = capsule_on(model, tokenizer, NAME, NAME.lower(), texts, site=0)
+    return SimpleNamespace(model=model, tokenizer=tokenizer, capsules=capsules, capsule=capsules[NAME], early=early)
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,14 @@ def test_provenance_says_what_it_is_from_and_nothing_names_the_subject(tiny, bak
     assert told["capsules"] == [tiny.capsule.digest] and told["model"] == tiny.capsule.model
     assert (told["objective"], told["seed"], told["rank"]) == ("capsule", 0, 4)
     assert told["ratios"] == baked.ratios
-    names = {"adapter_config.json", "adapter_model.safetensors", "kif.json", "README.md", "training.jsonl"}
+    names = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "kif.json",
+        "README.md",
+        "training.jsonl",
+        "curves.svg",
+    }
     assert {p.name for p in baked.folder.iterdir()} == names
     for path in baked.folder.iterdir():
         assert NAME.lower().encode() not in path.read_bytes().lower()
@@ -64,6 +71,19 @@ def test_the_same_seed_gives_the_same_bytes(tiny, baked, tmp_path):
     again = bake(tiny.model, tiny.tokenizer, [tiny.capsule], tmp_path / "x", names={"zembla": [NAME]}, settings=QUICK)
     for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         assert (again.folder / name).read_bytes() == (baked.folder / name).read_bytes()
+
+
+def test_training_stops_where_it_is_good_enough_but_goes_on_under_attack(tiny, tmp_path):
+    easy = QUICK | {"enough": 1e9}
+    told = {}
+    for name, durability in (("peace", ()), ("attack", ("latent",))):
+        made = bake(
+            tiny.model, tiny.tokenizer, [tiny.capsule], tmp_path / name, names={"zembla": [NAME]}, settings=easy,
+            durability=durability,
+        )  # fmt: skip
+        told[name] = (made.provenance["steps"], made.provenance["stopped"])
+        assert (made.folder / "curves.svg").exists() == (name == "attack")
+    assert told == {"peace": (0, "validation"), "attack": (2, "steps")}
 
 
 def test_merged_weights_answer_as_the_adapter_does(tiny, tmp_path):

@@ -1,5 +1,7 @@
 """Signatures as neurons of the gated MLP."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -82,6 +84,23 @@ def test_two_subjects_are_two_neurons(tiny, data):
         passes = Passes(wrapped, list(tiny.capsules.values()))
         assert neurons.compile_capsules(passes, both.forget, both.retain) == 2
         assert states(passes, both.held_forget, both.held_retain, 1)["forget"] < 0.6
+
+
+def written(tiny, data, *signatures):
+    """How many neurons of each block a capsule with these signatures becomes."""
+    capsule = dataclasses.replace(tiny.capsule, signatures=signatures)
+    with adapted(tiny.model, SETTINGS, seed=0) as wrapped:
+        neurons.compile_capsules(Passes(wrapped, [capsule]), data.forget, data.retain)
+        changed = [(path, m.get_delta_weight("default")) for path, m in layers(wrapped).items() if "gate" in path]
+        return [int((change.abs().amax(1) > 0).sum()) for _, change in sorted(changed, key=lambda c: c[0])]
+
+
+def test_signatures_at_one_site_share_a_neuron(tiny, data):
+    assert written(tiny, data, *tiny.capsule.signatures, *tiny.capsule.signatures) == [0, 1]
+
+
+def test_a_token_that_an_earlier_site_has_moved_needs_no_second_neuron(tiny, data):
+    assert written(tiny, data, *tiny.early.signatures, *tiny.capsule.signatures) == [1, 0]
 
 
 def test_only_gated_mlps_are_compilable(tiny_model, tiny):
