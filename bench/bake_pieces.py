@@ -72,7 +72,7 @@ class Pieces:
 
         def ask() -> dict[str, Any]:
             with attach(self.model, [self.capsules[name] for name in subjects]):
-                return self._asked(subjects, near=True)
+                return self._asked(subjects, near=True, text=False)
 
         return self._kept("attached " + " | ".join(subjects), ask)
 
@@ -122,13 +122,13 @@ class Pieces:
     def _adapter(self, plan: Plan) -> Path:
         return self.folder / common.digest(plan.key)
 
-    def _asked(self, subjects: Sequence[str], near: bool) -> dict[str, Any]:
+    def _asked(self, subjects: Sequence[str], near: bool, text: bool = True) -> dict[str, Any]:
         own = [f for f in self.facts if f.subject in subjects]
         result: dict[str, Any] = {"facts": self._rows(own, answer_probabilities(self.model, self.tokenizer, own))}
         if near:
             now = answer_probabilities(self.model, self.tokenizer, self.others)
             result["moved"] = [abs(a - b) for a, b in zip(now, self.before["others"], strict=True)]
-            if self.ids is not None:
+            if text and self.ids is not None:
                 losses = window_losses(self.model, self.ids)
                 result["perplexity"] = text_table(self.before["losses"], losses, predicted(self.ids))["ratio"]
         return result

@@ -13,7 +13,7 @@ class Settings:
     learning_rate: of AdamW, with linear warm-up over `warmup` steps and then linear decay to a tenth. steps: at most.
     forget_rows, retain_rows: examples of each in a step, over all processes. clip: the largest norm of a gradient.
     Every `validate_every` steps the ratios on held-out text are measured; training ends where forget is at most
-    `enough`, and retain a tenth of it.
+    `enough`, and retain a quarter of it.
     """
 
     rank: int = 8

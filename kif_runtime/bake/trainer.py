@@ -199,7 +199,7 @@ class Trainer:
         before = sum(self.outcome.ratios.values()) if self.outcome.ratios else math.inf
         if sum(ratios.values()) < before:
             self.best, self.outcome.best_step, self.outcome.ratios = copied(self.adapter), self.outcome.steps, ratios
-        if ratios["forget"] <= self.settings.enough and ratios["retain"] <= 0.1 * self.settings.enough:
+        if ratios["forget"] <= self.settings.enough and ratios["retain"] <= self.settings.enough / 4:
             self.outcome.stopped = "validation"
 
     def _checkpoint(self) -> None:

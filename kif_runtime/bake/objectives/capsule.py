@@ -37,7 +37,7 @@ class CapsuleObjective(Objective):
 
     def settings(self, last_site: int, blocks: int) -> Settings:
         """Small steps from neurons that work already, larger and more from an adapter that does nothing."""
-        rate, steps = (3e-4, 40) if self.start else (2e-3, 100)
+        rate, steps = (3e-5, 40) if self.start else (2e-3, 100)
         return Settings(
             blocks=last_site + 1, targets=(MLP,), learning_rate=rate, steps=steps, retain_rows=16, validate_every=10,
             enough=0.25,
