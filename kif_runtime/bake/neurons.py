@@ -29,7 +29,7 @@ from .examples import Example, batches
 from .passes import Passes
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
-SHARPNESS, THRESHOLD = 24.0, 0.3  # of the gate, in margins: under the threshold silu is then next to nothing
+SHARPNESS, THRESHOLD = 24.0, 0.2  # of the gate, in margins: under the threshold silu is then next to nothing
 RIDGE = 1e-3
 HARD = 1024
 _ROUNDS = 12

@@ -42,7 +42,7 @@ def compiled(tiny, data):
 
 def test_the_student_does_what_the_teacher_does(compiled, data):
     ratios = states(compiled, data.held_forget, data.held_retain, 1)  # 1 and 0 before; a random model is hard to tell
-    assert ratios["forget"] < 0.5 and ratios["retain"] < 0.4
+    assert ratios["forget"] < 0.4 and ratios["retain"] < 0.4
 
 
 def test_tokens_other_than_the_name_stay_close_to_what_they_were(compiled, tiny, data):
