@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BakingError
+from ..evaluation.attacks.quantisation import round_trip
 from .adapter import layers
 from .objectives import Step
 from .passes import Passes
@@ -20,7 +21,6 @@ Pressure = Callable[[Step], Any]
 
 RELEARN_STEPS, RELEARN_SIZE = 2, 0.02
 LATENT_SIZE = 0.05
-BLOCK_OF_4_BIT = 64
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def rounded(step: Step) -> Iterator[None]:
 @torch.no_grad()
 def _rounding(layer: Any) -> Any:
     merged = layer.get_base_layer().weight + layer.get_delta_weight("default")
-    error = four_bit(merged) - merged
+    error = round_trip(merged, "int4") - merged
 
     def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if module.disable_adapters:  # the reference and the teacher stay as they are
@@ -92,15 +92,6 @@ def _rounding(layer: Any) -> Any:
         return output + args[0] @ (error.T if size_first else error).to(args[0].dtype)
 
     return hook
-
-
-def four_bit(weight: Tensor) -> Tensor:
-    """`weight` rounded to 15 levels, symmetric around 0, in groups of BLOCK_OF_4_BIT along the rows (round to nearest,
-    the group's largest magnitude is the end of the scale)."""
-    flat = weight.reshape(-1)
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_OF_4_BIT)).view(-1, BLOCK_OF_4_BIT)
-    scale = padded.abs().amax(1, keepdim=True).clamp_min(1e-12) / 7
-    return ((padded / scale).round() * scale).view(-1)[: flat.numel()].view_as(weight)
 
 
 def calm(step: Step) -> Any:

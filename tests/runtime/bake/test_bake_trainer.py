@@ -237,13 +237,3 @@ def test_training_under_attack_reaches_the_adapter(trainer):
     assert t.train().steps == 6
     with pytest.raises(BakingError, match="no durability term 'x'"):
         durability.pressures(["x"], None)
-
-
-def test_four_bits_are_fifteen_levels():
-    weight = torch.randn(40, 33, generator=torch.Generator().manual_seed(0))
-    rounded = durability.four_bit(weight)
-    groups = torch.nn.functional.pad(rounded.reshape(-1), (0, -rounded.numel() % 64)).view(-1, 64)
-    assert max(len(set(row.tolist())) for row in groups) <= 15
-    scale = torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % 64)).view(-1, 64).abs().amax(1) / 7
-    assert bool(((groups - torch.nn.functional.pad(weight.reshape(-1), (0, -weight.numel() % 64)).view(-1, 64)).abs()
-                 <= 0.5 * scale[:, None] + 1e-6).all())  # fmt: skip
