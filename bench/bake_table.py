@@ -100,7 +100,7 @@ def plans(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, list
         return {f"after {n}": [p] for n, p in enumerate(made, 1)}
     if options.what == "objectives":
         settings = BUDGET | options.settings
-        return {o: [plan(o, names, objective=o, settings=settings, attacks=True)] for o in reversed(OBJECTIVES)}
+        return {o: [plan(o, names, objective=o, settings=settings, attacks=True)] for o in OBJECTIVES}
     attacks = {"none": (), **{name: (name,) for name in PRESSURES}}
     return {
         label: [plan(label, (name,), durability=chosen, attacks=True) for name in names]

@@ -124,11 +124,22 @@ def _about(
 
 
 def _near(tokenizer: Any, subject: Subject, forms: Sequence[str], rng: random.Random) -> list[Example]:
-    """Names that share words with the subject's."""
+    """Names that share words with the subject's, or the end of one."""
     partners = [e.name for e in _entities(subject.kind, forms, rng, _NEAR_PARTNERS)]
-    names = [n for form in subject.forms for n in near_misses(form, partners) if not mentions(n, forms)]
+    names = [n for form in subject.forms for n in near_misses(form, partners)]
+    names += [n for form in subject.forms for n in _grafted(tokenizer, form, partners, rng)]
+    names = [n for n in names if not mentions(n, forms)]
     trained, _ = _templates(tokenizer, subject.kind)
     return [_text(tokenizer, rng.choice(trained).replace("{}", n)) for n in names]
+
+
+def _grafted(tokenizer: Any, form: str, partners: Sequence[str], rng: random.Random) -> list[str]:
+    """Each partner's first token, then the form's later ones: a neuron has to look at more than a name's end."""
+    own = tokenizer(form, add_special_tokens=False)["input_ids"]
+    if len(own) < 2:
+        return []
+    starts = [tokenizer(name, add_special_tokens=False)["input_ids"][:1] for name in partners]
+    return [str(tokenizer.decode([*start, *own[rng.randrange(1, len(own)) :]])).strip() for start in starts]
 
 
 def _entities(kind: str, forms: Sequence[str], rng: random.Random, count: int) -> list[Entity]:
