@@ -31,7 +31,7 @@ from .passes import Passes
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 SHARPNESS, THRESHOLD = 24.0, 0.2  # of the gate, in margins: under the threshold silu is then next to nothing
 RIDGE = 1e-3
-HARD = 1024
+HARD, EACH = 1024, 0.1  # tokens that are hardest to tell from the name, and the weight of each, in names
 _ROUNDS = 12
 _OTHER = 0.5  # a gate row that changed by this share of its length is another neuron's
 _ELSEWHERE = 0.1  # weight of tokens where it does not fire, in what evens out
@@ -84,7 +84,7 @@ def _recognising(inputs: Tensor, gram: Tensor, fires: Tensor, act: Any) -> tuple
     gate = SHARPNESS * (separating(inputs, fires, gram) - THRESHOLD * constant(inputs, gram))
     answer = act(inputs @ gate)
     up = _evening(inputs, answer, fires, gram)
-    return gate, up / (answer * (inputs @ up))[fires].mean()
+    return gate, up / (answer * (inputs @ up))[fires].mean().clamp_min(0.5)
 
 
 def _added(read: Mapping[int, Tokens], number: int) -> Tensor:
@@ -94,11 +94,13 @@ def _added(read: Mapping[int, Tokens], number: int) -> Tensor:
 
 
 def separating(inputs: Tensor, fires: Tensor, gram: Tensor) -> Tensor:
-    """w [D]: w·x ≥ 1 where `fires` [N], ≤ −1 elsewhere, as far as can be: squared hinge loss, both sides of equal
-    weight, with a ridge of RIDGE of the mean diagonal; no bias, MLP inputs have a common component that serves as one.
+    """w [D]: w·x ≥ 1 where `fires` [N], ≤ −1 elsewhere, as far as can be: squared hinge loss with a ridge of RIDGE of
+    the mean diagonal; no bias, MLP inputs have a common component that serves as one.
 
-    gram [D, D]: inputsᵀ inputs. Of the other tokens the HARD ones that a first solution finds hardest have that loss;
-    the rest have the plain square, so that no round has to look at them again.
+    gram [D, D]: inputsᵀ inputs. Of the other tokens the HARD ones that a first solution finds hardest have that loss,
+    each with EACH of the weight of a token that fires: with both sides of equal weight in all, a few near misses among
+    thousands of tokens would count for nothing. The rest have the plain square, the weight of the tokens that fire
+    spread over all, so that no round has to look at them again.
     """
     count = int(fires.sum())
     of_one, of_other = 0.5 / count, 0.5 / max(1, len(fires) - count)
@@ -109,7 +111,7 @@ def separating(inputs: Tensor, fires: Tensor, gram: Tensor) -> Tensor:
     scores = (inputs @ w).masked_fill(fires, -torch.inf)
     hard = inputs[scores.topk(min(HARD, len(fires) - count)).indices]
     x, y = torch.cat([x, hard]), torch.cat([inputs.new_ones(count), -inputs.new_ones(len(hard))])
-    each = torch.where(y > 0, of_one, of_other)
+    each = torch.where(y > 0, of_one, EACH * of_one)
     base, push = of_other * (others - hard.T @ hard) + ridge, of_other * (push - hard.sum(0))
     active = torch.ones_like(y, dtype=torch.bool)
     for _ in range(_ROUNDS):

@@ -24,7 +24,7 @@ def test_the_gate_is_the_support_vector_machine_of_another_library():
     x = torch.randn(400, 12, generator=rng) + 1.0 + 1.2 * fires[:, None]
     w = neurons.separating(x, fires, x.T @ x)
     ridge = neurons.RIDGE * float(x.square().mean())
-    each = np.where(fires.numpy(), 0.5 / int(fires.sum()), 0.5 / int((~fires).sum()))
+    each = np.where(fires.numpy(), 1.0, neurons.EACH) * 0.5 / int(fires.sum())
     # theirs: ½ |w|² + Σ cᵢ hinge²; ours: ridge |w|² + Σ eachᵢ hinge²
     machine = LinearSVC(C=1.0, loss="squared_hinge", fit_intercept=False, tol=1e-10, max_iter=200_000)
     machine.fit(x.numpy(), fires.numpy(), sample_weight=each / (2 * ridge))
@@ -42,7 +42,7 @@ def compiled(tiny, data):
 
 def test_the_student_does_what_the_teacher_does(compiled, data):
     ratios = states(compiled, data.held_forget, data.held_retain, 1)  # 1 and 0 before; a random model is hard to tell
-    assert ratios["forget"] < 0.4 and ratios["retain"] < 0.4
+    assert ratios["forget"] < 0.3 and ratios["retain"] < 0.5
 
 
 def test_tokens_other_than_the_name_stay_close_to_what_they_were(compiled, tiny, data):
