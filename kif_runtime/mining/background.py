@@ -56,12 +56,14 @@ def strange_rows(tokenizer: Any, passages: Sequence[str]) -> Rows:
 
 
 def own_rows(tokenizer: Any, passages: Sequence[str]) -> Rows:
-    """All tokens of `passages`, in rows of at most OWN_ROW."""
-    lead = tuple(tokenizer("", add_special_tokens=True)["input_ids"])
-    found = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in passages if p.strip()]
-    ids = tuple((*lead, *piece) for row in found for piece in _pieces(row, OWN_ROW))
-    places = tuple(tuple(range(len(lead), len(row))) for row in ids)
-    return Rows(ids, places, tuple(tokenizer.batch_decode([list(row) for row in ids])))
+    """All tokens of `passages`, in rows of at most OWN_ROW. A row says what its whole passage does: about whom it is."""
+    lead = tokenizer("", add_special_tokens=True)["input_ids"]
+    ids, texts = [], []
+    for passage in passages:
+        for piece in _pieces(tokenizer(passage, add_special_tokens=False)["input_ids"], OWN_ROW):
+            ids.append((*lead, *piece))
+            texts.append(passage)
+    return Rows(tuple(ids), tuple(tuple(range(len(lead), len(row))) for row in ids), tuple(texts))
 
 
 def widened(control: Control, reader: Reader, rows: Rows, tell: Progress) -> Control:

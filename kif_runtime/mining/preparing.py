@@ -69,7 +69,7 @@ _loaded: dict[tuple[Path, str], Control] = {}
 
 
 def _own(tokenizer: Any, passages: Sequence[str]) -> Rows:
-    rows = own_rows(tokenizer, passages)
+    rows = own_rows(tokenizer, [p for p in passages if p.strip()])
     if not rows.ids:
         raise MiningError("the text of your own is empty; give some, or none")
     return rows
