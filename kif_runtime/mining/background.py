@@ -56,7 +56,7 @@ def strange_rows(tokenizer: Any, passages: Sequence[str]) -> Rows:
 
 
 def own_rows(tokenizer: Any, passages: Sequence[str]) -> Rows:
-    """All tokens of `passages`, in rows of at most OWN_ROW. A row says what its whole passage does: about whom it is."""
+    """All tokens of `passages`, in rows of at most OWN_ROW. A row says what its whole passage does."""
     lead = tokenizer("", add_special_tokens=True)["input_ids"]
     ids, texts = [], []
     for passage in passages:
