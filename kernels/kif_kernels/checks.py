@@ -77,10 +77,11 @@ def check_candidates(candidates: Candidates | None, x: Tensor) -> None:
     if candidates is None:
         return
     tokens = x.shape[:-1].numel()
-    for name, tensor, shape in (
-        ("count", candidates.count, [tokens]),
-        ("found", candidates.found, [tokens, *candidates.found.shape[1:2]]),
-    ):
+    shapes = {"count": [tokens], "found": [tokens, *candidates.found.shape[1:2]], "work": [tokens, 2]}
+    for name, shape in shapes.items():
+        tensor = getattr(candidates, name)
+        if tensor is None:
+            continue
         if list(tensor.shape) != shape or tensor.dtype != torch.int32 or tensor.device != x.device:
             got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             raise KernelError(f"candidates.{name} is {got}; expected torch.int32 {shape} on {x.device}")

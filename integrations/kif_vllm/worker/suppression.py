@@ -56,7 +56,7 @@ class Suppression:
             width=room.width, sites=room.sites, max_signatures=room.signatures, max_rank=room.rank,
             max_capsules=room.capsules, max_sets=room.sets, device=device, fingerprint=room.fingerprint,
         )  # fmt: skip
-        self.batch = Batch(room.max_tokens, room.capsules, device)
+        self.batch = Batch(room.max_tokens, room.capsules, map(self.bank.site, room.sites), device)
         self.tally = Tally(room.requests, room.capsules, device)
         self.sites: dict[int, Site] = {}
         self._bases: dict[str, tuple[str, ...]] = {"": ()}
