@@ -37,9 +37,10 @@ class Site:
         start = time.perf_counter()
         rows, hits = self.batch.of(hidden.shape[0])
         before = hidden + residual if self.witness is not None else residual
-        candidates = listed(hidden, rows, self.tensors, self.batch.buffers, residual=residual)
-        more = {"one_plus": one_plus, "hits": hits, "candidates": candidates}
-        add_norm_suppress_(hidden, residual, rows, self.tensors, weight, epsilon, **more)
+        found = listed(hidden, rows, self.tensors, self.batch.buffers, residual=residual)
+        add_norm_suppress_(
+            hidden, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits, candidates=found
+        )
         self._end(start, before, residual, rows)
 
     def after_norm(self, normed: Tensor, residual: Tensor, weight: Tensor, epsilon: float, one_plus: bool) -> None:
@@ -47,9 +48,10 @@ class Site:
         start = time.perf_counter()
         rows, hits = self.batch.of(residual.shape[0])
         before = residual.clone() if self.witness is not None else residual
-        candidates = listed(residual, rows, self.tensors, self.batch.buffers)
-        more = {"one_plus": one_plus, "hits": hits, "candidates": candidates}
-        suppress_normed_(normed, residual, rows, self.tensors, weight, epsilon, **more)
+        found = listed(residual, rows, self.tensors, self.batch.buffers)
+        suppress_normed_(
+            normed, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits, candidates=found
+        )
         self._end(start, before, residual, rows)
 
     def _end(self, start: float, before: Tensor, after: Tensor, rows: Tensor) -> None:

@@ -20,7 +20,9 @@ from .tally import Tally
 
 @dataclass(frozen=True)
 class Room:
-    """What is allocated at start-up. sets: capsule sets in one batch; requests: those remembered for evidence."""
+    """What is allocated at start-up. signatures: at each site, and of one set there, so that a GPU lists candidates
+    first where they are over 64; sets: capsule sets in one batch; requests: those remembered for evidence.
+    """
 
     width: int
     blocks: int

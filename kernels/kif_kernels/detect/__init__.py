@@ -15,6 +15,8 @@ from ..suppress import kernels, without_autocast
 from ..tuned import LONGEST_CHUNK
 from . import cpu, reference
 
+SCREENS_ITSELF = ("cpu",)
+
 _library = torch.library.Library("kif", "FRAGMENT")
 _library.define(
     f"detect(Tensor x, Tensor? residual, Tensor rows, {SITE_ARGUMENTS}, Tensor(a!) count, Tensor(b!) found, "
@@ -46,16 +48,16 @@ def detect(
 
 
 def candidate_buffers(sites: Iterable[SiteTensors], tokens: int) -> Candidates | None:
-    """Candidates for steps of up to `tokens` tokens at these sites, one after another; None where none `wants_listing`."""
+    """Candidates for up to `tokens` tokens at these sites, one after another; None where none of them `wants_listing`."""
     wanting = [site for site in sites if wants_listing(site)]
     return Candidates.empty(tokens, device=wanting[0].detector.device) if wanting else None
 
 
 def wants_listing(site: SiteTensors) -> bool:
     """Whether `detect` comes before suppression here: where a capsule set has room for more signatures than a program
-    decides on at once. Not on the CPU, where suppression screens for itself. By shapes alone, so a graph has it or not.
+    decides on at once. Not on the CPU, where suppression screens for itself. By shapes alone: a graph has it or not.
     """
-    return site.detector.device.type != "cpu" and site.sets.shape[1] > LONGEST_CHUNK
+    return site.detector.device.type not in SCREENS_ITSELF and site.sets.shape[1] > LONGEST_CHUNK
 
 
 def listed(

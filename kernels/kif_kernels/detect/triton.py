@@ -3,9 +3,9 @@
 A tile takes its places in the lists with an atomic addition, so that the order in a list is accidental, and whoever
 reads it goes by the set's order. A tile in which no token has a signature reads no token.
 
-One launch: nothing is set to 0 before it. The sums are formed in `work`, and of the tiles that share tokens the last one
+One launch: nothing is set to 0 before it. The sums are formed in `work`, and of the tiles that share tokens the last
 to arrive writes them to `count` and leaves zeros. It knows that it is the last from a counter that is added to after a
-barrier and with release and acquire, so that it sees what all others have added.
+barrier and with release and acquire, so it sees what all others have added.
 """
 
 import torch

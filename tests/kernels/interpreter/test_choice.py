@@ -11,28 +11,10 @@ from kif_kernels.add_norm_suppress import triton as fused_kernels
 from kif_kernels.detect import triton as detect_kernels
 from kif_kernels.suppress import reference
 from kif_kernels.suppress import triton as suppress_kernels
-from kif_kernels.suppress import triton_backward as backward_kernels
 
 # the package's `suppress` and `detect` are functions
 suppress, detect = import_module("kif_kernels.suppress"), import_module("kif_kernels.detect")
 SETS = [[0, 1, 2, 3, 4], [3]]
-
-
-@pytest.fixture
-def launched(monkeypatch) -> list[str]:
-    """The kernels launched, by name."""
-    names: list[str] = []
-    for module in (suppress_kernels, fused_kernels, detect_kernels, backward_kernels):
-        for name in [n for n in vars(module) if n.endswith("_kernel")]:
-            kernel = getattr(module, name)
-
-            class Counted:
-                def __getitem__(self, grid, kernel=kernel, name=name):
-                    names.append(name)
-                    return kernel[grid]
-
-            monkeypatch.setattr(module, name, Counted())
-    return names
 
 
 @pytest.mark.parametrize(
