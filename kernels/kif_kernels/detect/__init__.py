@@ -48,7 +48,7 @@ def detect(
 
 
 def candidate_buffers(sites: Iterable[SiteTensors], tokens: int) -> Candidates | None:
-    """Candidates for up to `tokens` tokens at these sites, one after another; None where none of them `wants_listing`."""
+    """Candidates for up to `tokens` tokens at these sites, one after another; None where none `wants_listing`."""
     wanting = [site for site in sites if wants_listing(site)]
     return Candidates.empty(tokens, device=wanting[0].detector.device) if wanting else None
 
