@@ -2,7 +2,8 @@
 
 It only rules out: everything that fires is let through, and what it lets through is decided again in fixed order. Two
 products serve. A few detectors are multiplied in fp32, under the margin of `screening_margin`. Many are multiplied in 8
-bits, in whole numbers and therefore exactly, at a quarter of the memory and of the time, under the bound of `sketched`.
+bits, in whole numbers and therefore exactly, at a quarter of the memory and of the time, under the bound of `sketched`;
+the pairs that are left are multiplied in fp32 after that, one by one, so that mostly there is nothing to decide.
 """
 
 from functools import cache
@@ -17,8 +18,8 @@ from .reference import EPSILON, normalise
 # How many detectors, and how wide ones, are multiplied in 8 bits. (For a width of 1 torch's product is wrong there: it
 # takes the detectors for their transpose.)
 SKETCH_FROM, NARROW = 128, 32
-# Elements of a block of products, which stays in the cache's neighbourhood; in 8 bits, tokens of a block: the product
-# packs its detectors at every call, so that each call should serve many tokens.
+# Elements of a block of products, or of what is gathered at once, which stays in the cache's neighbourhood; in 8 bits,
+# tokens of a block: the product packs its detectors at every call, so that each call should serve many tokens.
 BLOCK, SKETCH_TOKENS = 1 << 18, 512
 # Below this norm no square overflows; above it, or with NaN, a token is normalised the careful way.
 SAFE_NORM = 2.0**50
@@ -148,8 +149,8 @@ class _Sketch:
     """
 
     def __init__(self, site: SiteTensors, columns: Tensor | slice, floor: Tensor) -> None:
-        self.sketch = site.sketch[columns].t()
-        self.terms = torch.stack([site.length[columns], floor.add_(site.rest[columns]).div_(site.step[columns])])
+        self.sketch, self.detector, self.floor = site.sketch[columns].t(), site.detector[columns], floor
+        self.terms = torch.stack([site.length[columns], (floor + site.rest[columns]).div_(site.step[columns])])
 
     def above(self, x: Tensor) -> Tensor | None:
         """x [N, D] fp32 -> (token, column) of what may fire, [P, 2], or None. NaN may not."""
@@ -163,8 +164,17 @@ class _Sketch:
         kept = [above for above in found if above is not None]
         if not kept:
             return None
-        above = torch.cat(kept)
+        above = self._refined(v, torch.cat(kept))
         return above[above[:, 0].argsort()]
+
+    def _refined(self, v: Tensor, above: Tensor) -> Tensor:
+        """Those pairs of tokens v [N, D] and detectors, of above [P, 2], that a product in fp32 lets through, too."""
+        step = max(1, BLOCK // v.shape[1])
+        over = [
+            (v[token] * self.detector[column]).sum(-1).add_(self.floor[column]) > 0
+            for token, column in (some.unbind(1) for some in above.split(step))
+        ]
+        return above[torch.cat(over)]
 
     def _above(self, p: Tensor, weights: Tensor, start: int, stop: int) -> Tensor | None:
         """The same for tokens p [N, D] in 8 bits and the detectors from `start` to `stop`."""
