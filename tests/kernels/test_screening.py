@@ -177,6 +177,16 @@ def test_blocks_of_any_size_find_the_same_pairs(make_site, monkeypatch, tokens, 
     assert set(zip(*(t.tolist() for t in parts), strict=True)) == set(zip(*(t.tolist() for t in whole), strict=True))
 
 
+def test_a_set_of_few_among_many_is_screened_by_its_own_detectors(make_site, screen) -> None:
+    site = make_site(64, 500, [range(3, 500, 4)], bias=-2.5)
+    x, rows = torch.randn(40, 64, generator=torch.Generator().manual_seed(1)), torch.zeros(40, dtype=torch.int32)
+    found = set(zip(*(t.tolist() for t in cpu_screen.may_fire(x, rows, rows, site)), strict=True))
+    fires = {(n, s) for n, s in (scores(x, site) > 0).nonzero().tolist() if s % 4 == 3 and s < 500}
+    assert fires <= found
+    assert len(fires) > 20
+    assert len(found) <= len(fires) + 2
+
+
 def test_a_sketch_is_the_detector_to_within_what_it_says() -> None:
     detector = torch.randn(50, 300, generator=torch.Generator().manual_seed(1)) * torch.logspace(-20, 15, 50)[:, None]
     detector[7] = 0

@@ -82,7 +82,12 @@ def _above(tokens: Tensor, site: SiteTensors, columns: Tensor | slice) -> Pairs:
     if not found:
         return Pairs(_NOTHING, _NOTHING)
     token, column = torch.cat(found).unbind(1)
-    return Pairs(token, column if isinstance(columns, slice) else columns[column])
+    return Pairs(token, _slot(column, columns))
+
+
+def _slot(column: Tensor, columns: Tensor | slice) -> Tensor:
+    """The slots that are screened in these columns."""
+    return column if isinstance(columns, slice) else columns[column]
 
 
 def _many(tokens: int, signatures: int) -> bool:
@@ -149,7 +154,7 @@ class _Sketch:
     """
 
     def __init__(self, site: SiteTensors, columns: Tensor | slice, floor: Tensor) -> None:
-        self.sketch, self.detector, self.floor = site.sketch[columns].t(), site.detector[columns], floor
+        self.sketch, self.floor, self.detector, self.columns = site.sketch[columns].t(), floor, site.detector, columns
         self.terms = torch.stack([site.length[columns], (floor + site.rest[columns]).div_(site.step[columns])])
 
     def above(self, x: Tensor) -> Tensor | None:
@@ -170,10 +175,10 @@ class _Sketch:
     def _refined(self, v: Tensor, above: Tensor) -> Tensor:
         """Those pairs of tokens v [N, D] and detectors, of above [P, 2], that a product in fp32 lets through, too."""
         step = max(1, BLOCK // v.shape[1])
-        over = [
-            (v[token] * self.detector[column]).sum(-1).add_(self.floor[column]) > 0
-            for token, column in (some.unbind(1) for some in above.split(step))
-        ]
+        over = []
+        for token, column in (some.unbind(1) for some in above.split(step)):
+            w = self.detector[_slot(column, self.columns)]
+            over.append((v[token] * w).sum(-1).add_(self.floor[column]) > 0)
         return above[torch.cat(over)]
 
     def _above(self, p: Tensor, weights: Tensor, start: int, stop: int) -> Tensor | None:
