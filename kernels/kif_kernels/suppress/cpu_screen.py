@@ -170,15 +170,16 @@ class _Sketch:
         if not kept:
             return None
         above = self._refined(v, torch.cat(kept))
-        return above[above[:, 0].argsort()]
+        return above[above[:, 0].argsort()] if above.numel() else None
 
     def _refined(self, v: Tensor, above: Tensor) -> Tensor:
         """Those pairs of tokens v [N, D] and detectors, of above [P, 2], that a product in fp32 lets through, too."""
         step = max(1, BLOCK // v.shape[1])
         over = []
         for token, column in (some.unbind(1) for some in above.split(step)):
-            w = self.detector[_slot(column, self.columns)]
-            over.append((v[token] * w).sum(-1).add_(self.floor[column]) > 0)
+            w = self.detector.index_select(0, _slot(column, self.columns))
+            product = w.mul_(v.index_select(0, token)).sum(-1)
+            over.append(product.add_(self.floor.index_select(0, column)) > 0)
         return above[torch.cat(over)]
 
     def _above(self, p: Tensor, weights: Tensor, start: int, stop: int) -> Tensor | None:
