@@ -142,14 +142,14 @@ def states_of(compared: Compared, files: Sequence[Path] | None, device: str | No
 def bare_state(model: Any, adapter: Path | None) -> "State":
     """The untouched model: `model` without its adapter."""
     from kif_runtime.evaluation.audit import State
-    from kif_runtime.fingerprint import fingerprint
+    from kif_runtime.fingerprint import weights_digest
 
     @contextmanager
     def enter() -> Iterator[Any]:
         with _adapter(model, on=False, there=adapter is not None):
             yield model
 
-    return State("before", enter, fingerprint(model))
+    return State("before", enter, weights_digest(model))
 
 
 def erased_state(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KifError
-from ..fingerprint import fingerprint
+from ..fingerprint import weights_digest
 from .facts import BARE, BATCH, Fact, Progress, encode, first_token
 from .outputs import Continuation, Outputs, Prompt, Reading, go_on, read
 from .text import window_losses
@@ -49,8 +49,9 @@ class Running(NamedTuple):
 class State:
     """One of the models compared. enter() puts it on and takes it off again; it gives the model, or a `Running`.
 
-    key: what tells its outputs from another state's, in memory and on disk. removable: whoever holds the weights can
-    take the erasure off, as with a gate. capsules: those that are attached, for what wants their directions.
+    key: what tells its outputs from another state's, in memory and on disk; states of one key are one model. removable:
+    whoever holds the weights can take the erasure off, as with a gate. capsules: those that are attached, for what
+    wants their directions.
     """
 
     name: str
@@ -59,15 +60,20 @@ class State:
     removable: bool = False
     capsules: tuple[Any, ...] = ()
 
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """Whose outputs these are; by name where there is no key."""
+        return (self.key,) if self.key else ("", self.name)
+
 
 def bare(model: Any, name: str = "before") -> State:
-    """The state of `model` as it stands; its key is its fingerprint."""
+    """The state of `model` as it stands; its key is the digest of its weights."""
 
     @contextmanager
     def enter() -> Iterator[Any]:
         yield model
 
-    return State(name, enter, fingerprint(model))
+    return State(name, enter, weights_digest(model))
 
 
 @dataclass
@@ -146,7 +152,7 @@ class Audit:
                     indices, lambda some: read(on.model, [wanted[i] for i in some], batch_size=self.batch_size), what
                 )
 
-        return self.outputs.get([(state.key, state.name, prompt) for prompt in wanted], make)
+        return self.outputs.get([(*state.identity, prompt) for prompt in wanted], make)
 
     def go_on(
         self,
@@ -168,21 +174,30 @@ class Audit:
             with self.running(state) as on:
                 return self._in_parts(indices, some_of, what)
 
-        keys = [(state.key, state.name, *pair, new_tokens) for pair in zip(wanted, seen, strict=True)]
+        keys = [(*state.identity, *pair, new_tokens) for pair in zip(wanted, seen, strict=True)]
         return self.outputs.get(keys, make)
+
+    def once(self, state: State, what: Sequence[Any], make: Callable[[Running], T], prompts: Callable[[T], int]) -> T:
+        """make(what is on) with `state` on, or what it gave before for the same state and `what`, a hashable sequence
+        that says all that it depends on. prompts(value): how many prompts it asks."""
+
+        def missing(_: list[int]) -> list[T]:
+            with self.running(state) as on:
+                return [make(on)]
+
+        return self.outputs.get([(*state.identity, *what)], missing, prompts=prompts)[0]
 
     def losses(self, state: State, ids: Tensor) -> tuple[list[float], dict[str, int] | None]:
         """`text.window_losses` of ids [N, W], and how often each capsule fired on them where there is a gate."""
 
-        def make(_: list[int]) -> list[Any]:
-            with self.running(state) as on:
-                if on.gate is not None:
-                    on.gate.reset()
-                losses = window_losses(on.model, ids, progress=self.progress)
-                return [(losses, None if on.gate is None else dict(on.gate.fired))]
+        def measured(on: Running) -> tuple[list[float], dict[str, int] | None]:
+            if on.gate is not None:
+                on.gate.reset()
+            losses = window_losses(on.model, ids, progress=self.progress)
+            return losses, None if on.gate is None else dict(on.gate.fired)
 
         digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-        return self.outputs.get([(state.key, state.name, digest)], make, count=len(ids))[0]
+        return self.once(state, ["losses", digest], measured, lambda found: len(found[0]))
 
     def probabilities(self, state: State, facts: Sequence[Fact], form: str | None = None) -> list[float]:
         """Per fact, the probability of the first token of " " + answer right after the prompt, as

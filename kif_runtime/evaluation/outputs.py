@@ -42,26 +42,33 @@ class Continuation:
     mass: tuple[float, ...]
 
 
+def _one(value: Any) -> int:
+    return 1
+
+
 class Outputs:
-    """A store by (state, prompt). `asked` and `saved` count prompts; what was saved needed no forward."""
+    """A store by state and prompt, or by state and attack. `asked` and `saved` count prompts; what was saved needed no
+    forward."""
 
     def __init__(self, room: int = ROOM) -> None:
         self.asked = self.saved = 0
         self._room, self._used = room, 0
         self._kept: OrderedDict[Any, Any] = OrderedDict()
 
-    def get(self, keys: Sequence[Any], make: Callable[[list[int]], Sequence[Any]], *, count: int | None = None) -> list:
+    def get(
+        self, keys: Sequence[Any], make: Callable[[list[int]], Sequence[Any]], *, prompts: Callable[[Any], int] = _one
+    ) -> list:
         """The value of each key; `make(indices)` gives those that are missing, in the order of their indices.
 
-        A key that stands twice is made once. count: how many prompts this is, if not one a key.
+        A key that stands twice is made once. prompts(value): how many prompts it took to make a value, if not one.
         """
         missing = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self._kept}.values())
         missing.sort()
         made = {keys[i]: value for i, value in zip(missing, make(missing), strict=True)} if missing else {}
         values = [made[key] if key in made else self._kept[key] for key in keys]
-        each = 1 if count is None else count
-        self.asked += each * len(keys)
-        self.saved += each * (len(keys) - len(missing))
+        took = sum(map(prompts, values))
+        self.asked += took
+        self.saved += took - sum(map(prompts, made.values()))
         for key, value in made.items():
             self._keep(key, value)
         return values

@@ -41,13 +41,13 @@ def answer_states(model: Any, ids: Sequence[int], length: int) -> Tensor:
 @torch.inference_mode()
 def patched_log_probs(model: Any, ids: Sequence[int], length: int, states: Tensor, rows: int = 32) -> Tensor:
     """[L]: mean log p of the last `length` tokens of `ids` when block l's output at the positions that predict them is
-    states[l] [A, D]. Blocks are patched side by side, `rows` in one forward."""
+    states[l] [A, D], for the first L = len(states) blocks. They are patched side by side, `rows` in one forward."""
     blocks = decoder_blocks(model)
     where = slice(len(ids) - length - 1, len(ids) - 1)
     wanted = torch.tensor(list(ids)[len(ids) - length :])
     found = []
-    for start in range(0, len(blocks), rows):
-        some = range(start, min(start + rows, len(blocks)))
+    for start in range(0, len(states), rows):
+        some = range(start, min(start + rows, len(states)))
         handles = [blocks[b].register_forward_hook(_patch(row, where, states[b])) for row, b in enumerate(some)]
         try:
             logits = _forward(model, torch.tensor([list(ids)] * len(some)), length + 1)[:, -length - 1 : -1]
