@@ -44,10 +44,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--least", type=int, default=2, help="facts that a subject has at least (default: 2)")
     parser.add_argument("--except", dest="leave_out", type=Path, metavar="FILE", help="leave out, one name a line")
     parser.add_argument("--only", action="append", metavar="METHOD", help=f"one of {', '.join(erasures.METHODS)}")
-    parser.add_argument("--neighbours", type=int, default=40, help="facts about others (default: 40)")
-    parser.add_argument("--characters", type=int, default=4500, help="of running text (default: 4500)")
-    parser.add_argument("--steps", type=int, default=12, help="of training, for every objective (default: 12)")
+    parser.add_argument("--neighbours", type=int, default=30, help="facts about others (default: 30)")
+    parser.add_argument("--characters", type=int, default=2600, help="of running text (default: 2600)")
+    parser.add_argument("--steps", type=int, default=10, help="of training, for every objective (default: 10)")
     parser.add_argument("--rows", type=int, default=4, help="to forget, and to keep, in a step (default: 4 each)")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("K", "N"), help="only every N-th subject")
     parser.add_argument("--for", dest="seconds", type=float, help="begin no audit after so many seconds")
     return parser.parse_args()
 
@@ -124,7 +125,9 @@ def main() -> None:
     subjects = chosen(facts, args)
     methods = args.only or list(erasures.METHODS)
     comparison, begun = Comparison(args, facts, subjects), time.monotonic()
-    pending = [(m, n) for n in range(len(subjects)) for m in methods if not comparison.file(m, n).is_file()]
+    part, parts = args.part
+    own = range(part, len(subjects), parts)
+    pending = [(m, n) for n in own for m in methods if not comparison.file(m, n).is_file()]
     for done, (method, number) in enumerate(pending, 1):
         if args.seconds is not None and time.monotonic() - begun > args.seconds:
             common.say(f"{len(pending) - done + 1} audits are left; run it again and it goes on from here")

@@ -169,7 +169,7 @@ class Audit:
         def make(indices: list[int]) -> list[Continuation]:
             def some_of(some: list[int]) -> list[Continuation]:
                 asked, ids = [wanted[i] for i in some], [seen[i] for i in some]
-                return go_on(on.model, self.tokenizer, asked, new_tokens, ids, batch_size=self.batch_size)
+                return go_on(on.model, self.tokenizer, asked, new_tokens, ids, batch_size=2 * self.batch_size)
 
             with self.running(state) as on:
                 return self._in_parts(indices, some_of, what)

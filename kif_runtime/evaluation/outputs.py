@@ -143,7 +143,7 @@ def go_on(
     device = next(model.parameters()).device
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
-        ids, mask = _left_padded([prompts[i] for i in some])
+        ids, mask = left_padded([prompts[i] for i in some])
         made = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -176,7 +176,7 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens[:stop]
 
 
-def _left_padded(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
     """ids and mask, both [B, T] int64."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
