@@ -3,12 +3,13 @@
     python bench/audit_methods.py --facts FACTS --text TEXT --out DIR --count 10
 
 An audit is the quick profile of facts, neighbours, dual, text and attacks, on few facts about others and little text.
-What the untouched model answers is asked once for all methods. Every audit is kept in DIR as soon as it is done, so the
-same command goes on where it was stopped; --for SECONDS stops by itself. DIR then holds a folder for each method, with
-`results.json` as `kif eval --against` takes it, and `report.html`, all methods side by side.
+What the untouched model answers is asked once for all methods, and kept in DIR. Every audit is kept there as soon as it
+is done, so the same command goes on where it was stopped; --for SECONDS stops by itself. DIR then holds a folder for
+each method, with `results.json` as `kif eval --against` takes it, and `report.html`, all methods side by side.
 """
 
 import argparse
+import pickle
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -28,6 +29,7 @@ from kif_runtime.evaluation.audit import Audit, State, Subject, bare
 from kif_runtime.evaluation.facts import Fact, load_facts
 from kif_runtime.evaluation.outputs import Outputs
 from kif_runtime.evaluation.suites import run_suites
+from kif_runtime.files import atomic_write
 
 SUITES = ("facts", "neighbours", "dual", "text", "attacks")
 VERDICTS = ("leaking", "suppressed", "erased")
@@ -79,6 +81,13 @@ class Comparison:
         self.others = random.Random(args.seed).sample(others, min(args.neighbours, len(others)))
         self.text = common.read_text(args.text)[: args.characters]
         self.outputs = Outputs()
+        self._kept = self.args.out / f"untouched-{args.part[0]}.pickle"  # ours alone: nobody else's is ever read
+        if self._kept.is_file():
+            self.outputs.take(pickle.loads(self._kept.read_bytes()))
+
+    def keep_outputs(self) -> None:
+        make_folder(self.args.out)
+        atomic_write(self._kept, pickle.dumps(self.outputs.of(self.before.identity)))
 
     def file(self, method: str, number: int) -> Path:
         return self.folder / f"{method.replace(' ', '-')}-{number}.json"
@@ -134,6 +143,8 @@ def main() -> None:
             break
         start = time.monotonic()
         comparison.audit(method, number)
+        if method == erasures.UNTOUCHED:
+            comparison.keep_outputs()
         common.say(f"{done} of {len(pending)}: {method}, subject {number + 1}, {time.monotonic() - start:.0f} s")
     show(comparison, methods)
 

@@ -5,7 +5,7 @@ A `Reading` is one forward over a prompt: what follows it, and the state of its 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,14 @@ class Outputs:
         for key, value in made.items():
             self._keep(key, value)
         return values
+
+    def of(self, identity: Sequence[str]) -> dict[Any, Any]:
+        """What is kept of one state, by key; `take` puts it into another store."""
+        return {key: value for key, value in self._kept.items() if key[: len(identity)] == tuple(identity)}
+
+    def take(self, kept: Mapping[Any, Any]) -> None:
+        for key, value in kept.items():
+            self._keep(key, value)
 
     def _keep(self, key: Any, value: Any) -> None:
         self._kept[key] = value
