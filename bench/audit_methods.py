@@ -50,6 +50,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--characters", type=int, default=2600, help="of running text (default: 2600)")
     parser.add_argument("--steps", type=int, default=10, help="of training, for every objective (default: 10)")
     parser.add_argument("--rows", type=int, default=4, help="to forget, and to keep, in a step (default: 4 each)")
+    parser.add_argument("--least-excess", type=float, default=0.15, help="by which a fact is known (default: 0.15)")
     parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("K", "N"), help="only every N-th subject")
     parser.add_argument("--for", dest="seconds", type=float, help="begin no audit after so many seconds")
     return parser.parse_args()
@@ -122,7 +123,8 @@ class Comparison:
         asked, saved = self.outputs.asked, self.outputs.saved
         audit = Audit(
             self.before, state, self.tokenizer, [Subject(name)], [f for f in self.facts if f.subject == name],
-            self.others, self.text, quick=True, seed=self.args.seed, outputs=self.outputs,
+            self.others, self.text, least_excess=self.args.least_excess, quick=True, seed=self.args.seed,
+            outputs=self.outputs,
         )  # fmt: skip
         tables = run_suites(audit, SUITES)
         return audit, tables, {"asked": self.outputs.asked - asked, "saved": self.outputs.saved - saved}
