@@ -110,7 +110,7 @@ def answers(
 def noise_subjects(audit: Audit) -> list[Subject]:
     """Others, whose masses should not change."""
     names = list(dict.fromkeys(fact.subject for fact in audit.others))
-    return [Subject(name) for name in names[: audit.pick(quick=2, full=6)]]
+    return [Subject(name) for name in names[: audit.pick(quick=1, full=6)]]
 
 
 def el10(audit: Audit, told: dict[str, list[tuple[Subject, Any]]]) -> dict[str, Any]:
