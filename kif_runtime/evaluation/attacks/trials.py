@@ -23,21 +23,28 @@ from .outcome import Outcome, about_others, ask, asked_outcome
 from .removed import Try
 
 PROMPT, GATE, WEIGHTS = "prompt", "gate", "weights"
+ALONE = ("head projection", "probability delta", "quantised, nf4", "quantised, int8", "quantised, int4",
+         "relearned, other text")  # fmt: skip
 QUICK_WAYS = ("lower case", "letters swapped", "space inside", "zero-width space", "Cyrillic look-alikes", "leetspeak")
 
 
 @dataclass(frozen=True)
 class Trial:
     """One attack as the suite makes it. access: what the attacker holds. ready: called with facts while no state is on,
-    gives the attack. relearns: how much faster it comes back than in the reference is told, too. injects: states of the
-    untouched model are put in, so that only a model that never knew can show what comes from these alone; and what is
-    put in hangs on the erased model."""
+    gives the attack. alone: each fact is tried by itself, whatever others are tried. injects: states of the untouched
+    model are put in, so that only a model that never knew can show what comes from these alone; and what is put in
+    hangs on the erased model."""
 
     name: str
     access: str
     ready: Callable[[Sequence[Fact]], Try]
-    relearns: bool = False
+    alone: bool = False
     injects: bool = False
+
+    @property
+    def relearns(self) -> bool:
+        """Whether how much faster it comes back than in the reference is told, too."""
+        return self.name.startswith("relearned")
 
 
 def run(audit: Audit) -> dict[str, Any]:
@@ -95,7 +102,7 @@ def prompt_trials(audit: Audit) -> list[Trial]:
         "name written otherwise": less(prompting.evade_names, ways=ways, descriptions=described, form=audit.form),
         "best of N": less(sampling.best_of_n, samples=samples, new_tokens=tokens, seed=audit.seed, form=audit.form),
     }
-    return [Trial(name, PROMPT, _as_is(one)) for name, one in tries.items() if name != "many-shot" or examples]
+    return [Trial(name, PROMPT, _as_is(one), True) for name, one in tries.items() if name != "many-shot" or examples]
 
 
 def weight_trials(audit: Audit) -> list[Trial]:
@@ -118,7 +125,7 @@ def weight_trials(audit: Audit) -> list[Trial]:
             "relearned, other text": less(relearning.relearn_text, text=text, steps=steps),
             "soft prompt": less(soft_prompt.soft_prompt, seed=audit.seed, form=audit.form),
         }
-    trials = [Trial(name, WEIGHTS, _as_is(one), name.startswith("relearned")) for name, one in tries.items()]
+    trials = [Trial(name, WEIGHTS, _as_is(one), name in ALONE) for name, one in tries.items()]
     trials.append(Trial("removed directions put back", WEIGHTS, removed.Directions(audit), injects=True))
     if not audit.quick:
         trials.append(Trial("sparse features put back", WEIGHTS, removed.Features(audit), injects=True))
@@ -130,8 +137,14 @@ def row(audit: Audit, trial: Trial, known: Sequence[Fact]) -> dict[str, Any]:
     never, others = (audit.reference, known) if audit.reference else (audit.before, about_others(known))
     others = [] if trial.injects and not audit.reference else others
     found = tried(audit, audit.after, trial, known)
-    control = tried(audit, audit.before, trial, known)
-    reference = tried(audit, never, trial, others) if others else None
+    reference: Outcome | None
+    if trial.alone and never is audit.before and others:  # one round for both: a model is tuned, or rounded, once
+        both = tried(audit, never, trial, [*known, *others])
+        control = both.part(0, len(known))
+        reference = both.part(len(known), len(both.hits))
+    else:
+        control = tried(audit, audit.before, trial, known)
+        reference = tried(audit, never, trial, others) if others else None
     made = outcome_row(found, trial.access) | {"control": control.share(), "reference": None, "probability": found.mean}
     if reference is None:
         return made
