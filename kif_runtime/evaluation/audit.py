@@ -76,6 +76,13 @@ def bare(model: Any, name: str = "before") -> State:
     return State(name, enter, weights_digest(model))
 
 
+def _stamps(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a file, or of those in a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [(file, file.stat()) for file in files if file.is_file()]
+    return [(str(file), state.st_size, state.st_mtime_ns) for file, state in found]
+
+
 @dataclass
 class Audit:
     """What suites are given.
@@ -120,7 +127,7 @@ class Audit:
         states = [(state.name, state.key, state.removable) for state in self.states]
         asked: list[Any] = [asdict(subject) for subject in self.subjects]
         asked += [asdict(fact) for fact in (*self.facts, *self.others)]
-        data = sorted((name, str(path)) for name, path in self.data.items())
+        data = sorted((name, str(path), _stamps(path)) for name, path in self.data.items())
         rest = (__version__, self.text, data, self.form, self.least_excess, self.quick, self.seed)
         return hashlib.sha256(json.dumps([states, asked, rest]).encode()).hexdigest()
 

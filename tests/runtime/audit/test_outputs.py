@@ -91,6 +91,14 @@ def test_states_of_one_key_share_what_was_asked_and_others_do_not(model):
     assert one.outputs.saved == 4 and not torch.equal(other[0].log_probs, first[0].log_probs)
 
 
+def test_a_changed_data_file_is_another_audit(model, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("one\n")
+    keys = [audit(model, data={"utility": tmp_path}).key for _ in range(2)]
+    file.write_text("another\n")
+    assert keys[0] == keys[1] != audit(model, data={"utility": tmp_path}).key
+
+
 def test_what_takes_longer_is_made_once_and_counts_its_prompts(model):
     one, made = audit(model), []
 
