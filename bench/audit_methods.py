@@ -25,9 +25,10 @@ from kif_cli.pages import eval_page
 from kif_cli.privacy import cleaner
 from kif_cli.results import load_results, results
 from kif_runtime import KifError
-from kif_runtime.evaluation.audit import Audit, State, Subject, bare
+from kif_runtime.evaluation.audit import Audit, Subject
 from kif_runtime.evaluation.facts import Fact, load_facts
 from kif_runtime.evaluation.outputs import Outputs
+from kif_runtime.evaluation.states import State, bare
 from kif_runtime.evaluation.suites import run_suites
 from kif_runtime.files import atomic_write
 

@@ -31,7 +31,7 @@ from kif_runtime import Capsule, KifError
 from kif_runtime.bake import bake
 from kif_runtime.evaluation.attacks.restoration import removed_directions
 from kif_runtime.evaluation.attacks.weights import Edit, edited
-from kif_runtime.evaluation.audit import Running, State, bare
+from kif_runtime.evaluation.states import Running, State, bare
 from kif_runtime.mining import prepare
 from kif_runtime.mining.reading import Reader, undisturbed
 from kif_runtime.mining.subject import find_subject

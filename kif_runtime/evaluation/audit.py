@@ -8,18 +8,18 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import KifError
-from ..fingerprint import weights_digest
 from .facts import BARE, BATCH, Fact, Progress, encode, first_token
 from .outputs import Continuation, Outputs, Prompt, Reading, go_on, read
+from .states import Running, State
 from .text import window_losses
 
 T = TypeVar("T")
@@ -36,44 +36,6 @@ class Subject:
     @property
     def names(self) -> tuple[str, ...]:
         return (self.name, *self.aliases)
-
-
-class Running(NamedTuple):
-    """A state that is on. gate: what counts where the erasure fired (`fired`, `fired_rows`, `reset`), if anything."""
-
-    model: Any
-    gate: Any = None
-
-
-@dataclass(frozen=True)
-class State:
-    """One of the models compared. enter() puts it on and takes it off again; it gives the model, or a `Running`.
-
-    key: what tells its outputs from another state's, in memory and on disk; states of one key are one model. removable:
-    whoever holds the weights can take the erasure off, as with a gate. capsules: those that are attached, for what
-    wants their directions.
-    """
-
-    name: str
-    enter: Callable[[], AbstractContextManager[Any]]
-    key: str = ""
-    removable: bool = False
-    capsules: tuple[Any, ...] = ()
-
-    @property
-    def identity(self) -> tuple[str, ...]:
-        """Whose outputs these are; by name where there is no key."""
-        return (self.key,) if self.key else ("", self.name)
-
-
-def bare(model: Any, name: str = "before") -> State:
-    """The state of `model` as it stands; its key is the digest of its weights."""
-
-    @contextmanager
-    def enter() -> Iterator[Any]:
-        yield model
-
-    return State(name, enter, weights_digest(model))
 
 
 def _stamps(path: Path) -> list[tuple[str, int, int]]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .audit import Audit, State, Subject
+from .audit import Audit, Subject
 from .facts import BARE, DIRECT, Fact, encode
 from .inside import inside
+from .states import State
 from .statistics import ratio, share
 from .surface import kind_of_erasure, kinds_within, mentions, refuses, sameness, watched_tokens
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .audit import Audit, Running, State
+from .audit import Audit
 from .facts import Fact, encode, first_token
 from .latent import Lens, drift, identity_probe, linear_cka, neighbour_overlap, separation
 from .patching import answer_states, depth_score, patched_log_probs
+from .states import Running, State
 from .statistics import interval, share
 
 READ = (

@@ -6,9 +6,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..errors import KifError
-from .audit import Audit, Running, State, Subject
+from .audit import Audit, Subject
 from .facts import BARE, Fact, Progress, excess_kept
 from .kinds import kind_of, name_states
+from .states import Running, State
 from .statistics import bootstrap, summary
 from .surface import mentions
 from .text import TOKENS, WINDOW, predicted, sample_text

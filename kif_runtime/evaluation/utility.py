@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 from ..errors import KifError, one_line
 from ..files import shown
 from .answers import score_tokens
-from .audit import Audit, State
+from .audit import Audit
 from .facts import Progress
+from .states import State
 from .statistics import share
 from .text import predicted, sample_text
 from .utility_tasks import Item, load_items

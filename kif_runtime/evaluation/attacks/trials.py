@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import KifError
-from ..audit import Audit, State
+from ..audit import Audit
 from ..facts import BARE, DIRECT, Fact
+from ..states import State
 from . import (
     ablation,
     distractor,

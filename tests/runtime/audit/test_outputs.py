@@ -11,10 +11,11 @@ from evaluating import FACTS, fact, tokenizer
 from kif_runtime import KifError, ModelError
 from kif_runtime.blocks import decoder_blocks
 from kif_runtime.evaluation import answer_probabilities, prior_probabilities
-from kif_runtime.evaluation.audit import Audit, State, Subject, bare
+from kif_runtime.evaluation.audit import Audit, Subject
 from kif_runtime.evaluation.knowledge import probability_and_rank, share_greedy
 from kif_runtime.evaluation.outputs import Outputs, go_on, read
 from kif_runtime.evaluation.questions import variants
+from kif_runtime.evaluation.states import State, bare
 from kif_runtime.evaluation.suites import run_suites
 from kif_runtime.fingerprint import fingerprint
 

@@ -9,7 +9,8 @@ from mining import check_unchanged, snapshot
 
 from kif_runtime import KifError
 from kif_runtime.evaluation.attacks import run
-from kif_runtime.evaluation.audit import Audit, Subject, bare
+from kif_runtime.evaluation.audit import Audit, Subject
+from kif_runtime.evaluation.states import bare
 
 
 def test_a_quick_audit_of_a_model_that_never_saw_the_facts_draws_nothing_out():

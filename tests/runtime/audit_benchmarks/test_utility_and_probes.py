@@ -10,8 +10,9 @@ from evaluating import FACTS, WORDS, tokenizer
 
 from kif_runtime import KifError
 from kif_runtime.evaluation import rwku_utility, utility
-from kif_runtime.evaluation.audit import Audit, Subject, bare
+from kif_runtime.evaluation.audit import Audit, Subject
 from kif_runtime.evaluation.rwku_probes import Probe, cut, kind_of, prompt, question, recall
+from kif_runtime.evaluation.states import bare
 from kif_runtime.evaluation.utility_tasks import Item, load_items
 
 
