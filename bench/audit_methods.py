@@ -34,7 +34,7 @@ from kif_runtime.files import atomic_write
 
 SUITES = ("facts", "neighbours", "dual", "text", "attacks")
 VERDICTS = ("leaking", "suppressed", "erased")
-COLUMNS = ("method", "L/S/E", "kept", "interval", "otherwise", "asking", "guessing", "4 bits", "relearned",
+COLUMNS = ("method", "subjects", "L/S/E", "kept", "interval", "otherwise", "asking", "guessing", "4 bits", "relearned",
            "|Δp|", "perplexity", "s to make", "s to audit")  # fmt: skip
 TAKEN_OFF = "taken off"
 
@@ -153,20 +153,22 @@ def main() -> None:
 
 
 def show(comparison: Comparison, methods: Sequence[str]) -> None:
-    """The table, over the subjects that are done for every method, and the pages."""
-    done = [n for n in range(len(comparison.subjects)) if all(comparison.file(m, n).is_file() for m in methods)]
-    if not done:
+    """The table and the pages, each method over the subjects that are done for it."""
+    each = {
+        m: [load_results(file) for n in range(len(comparison.subjects)) if (file := comparison.file(m, n)).is_file()]
+        for m in methods
+    }
+    pools = {method: pooled(found) for method, found in each.items() if found}
+    if not pools:
         return
-    each = {m: [load_results(comparison.file(m, n)) for n in done] for m in methods}
-    pools = {method: pooled(found) for method, found in each.items()}
     for method, pool in pools.items():
         make_folder(comparison.args.out / method)
         write_json(comparison.args.out / method / "results.json", pool)
-    last = methods[-1]
-    page = eval_page(pools[last], [(m, pools[m]) for m in methods[:-1]], label=last)
+    *others, last = pools
+    page = eval_page(pools[last], [(m, pools[m]) for m in others], label=last)
     write_text(comparison.args.out / "report.html", page)
-    rows = [line(method, pools[method], each[method]) for method in methods]
-    common.show(f"{len(done)} subjects, one after another", COLUMNS, rows)
+    rows = [line(method, pool, each[method]) for method, pool in pools.items()]
+    common.show("Erased one subject at a time, and audited", COLUMNS, rows)
     asked, saved = (sum(pool["forwards"][key] for pool in pools.values()) for key in ("asked", "saved"))
     print(f"{asked:,} prompts asked, {saved:,} of them ({saved / asked:.0%}) answered from what was asked before")
     common.write_json(comparison.args.json, {"columns": COLUMNS, "rows": rows})
@@ -185,6 +187,7 @@ def line(method: str, pool: dict[str, Any], each: Sequence[dict[str, Any]]) -> l
 
     return [
         method,
+        len(each),
         "/".join(str(pool["verdicts"].get(verdict, 0)) for verdict in VERDICTS),
         pool["kept"]["mean"],
         common.interval(pool["kept"]),
