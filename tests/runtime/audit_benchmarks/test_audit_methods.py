@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jsonschema
 import pytest
 import torch
 from evaluating import capsule_for, states
 from evaluating import tokenizer as words
 
 from kif_cli.pages import eval_page
+from kif_cli.results import SCHEMA
 from kif_runtime.evaluation.attacks.weights import edited
 from kif_runtime.evaluation.outputs import go_on, read
 from kif_runtime.mining import prepare
@@ -134,6 +136,7 @@ def test_audits_of_several_subjects_are_pooled_as_by_hand(script):
     assert (attack["tried"], attack["success"]) == (6, pytest.approx(4 / 6))
     assert attack["control"]["tried"] == 6 and attack["reference"] is None
     assert pool["forwards"] == {"asked": 30, "saved": 12} and pool["seconds"] == 30.0
+    jsonschema.validate(json.loads(json.dumps(pool)), json.loads(SCHEMA.read_text()))
     page = eval_page(pool, [("another", pool)], label="this method")
     assert "3 audits: 2 leaking, 1 suppressed." in page and ">this method</th>" in page and ">another</th>" in page
 
