@@ -31,6 +31,8 @@ def parser(description: str, *, facts: bool = True) -> argparse.ArgumentParser:
     options.add_argument("--model", default="embedded", help="a folder, a hub id, or embedded (default)")
     options.add_argument("--method", default="fisher", help="how to mine (default: fisher)")
     options.add_argument("--option", action="append", default=[], metavar="NAME=JSON", help="another option of mine()")
+    options.add_argument("--own-text", type=Path, metavar="FILE", help="mine with this text as the user's own")
+    options.add_argument("--own-lines", type=int, metavar="N", help="this many of its lines (default: all)")
     options.add_argument("--capsules", type=Path, help="where mined capsules are kept (default: the cache folder)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--json", type=Path, metavar="OUT", help="also write everything measured to this file")
@@ -69,6 +71,9 @@ class Mine:
     def __init__(self, model: Any, tokenizer: Any, options: argparse.Namespace) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.options = {"method": options.method} | dict(_option(text) for text in options.option)
+        if options.own_text:
+            lines = read_text(options.own_text).splitlines()
+            self.options["passages"] = [line.strip() for line in lines if line.strip()][: options.own_lines]
         self.folder = options.capsules or self._default_folder()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._journal = Journal(self.folder / "mined.jsonl")
@@ -82,7 +87,8 @@ class Mine:
         from kif_runtime.mining import prepare
 
         start = time.perf_counter()
-        prepare(self.model, self.tokenizer, progress=progress("preparing"))
+        passages = self.options.get("passages", ())
+        prepare(self.model, self.tokenizer, passages=passages, progress=progress("preparing"))
         say(f"prepared in {time.perf_counter() - start:.1f} s")
 
     def __call__(self, subject: str) -> Mined:

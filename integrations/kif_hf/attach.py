@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kif_kernels import SiteTensors, suppress, suppress_
+from kif_kernels import Candidates, SiteTensors, candidate_buffers, listed, suppress, suppress_
 from kif_runtime.bank import CapsuleBank
 from kif_runtime.blocks import decoder_blocks, unwrapped
 from kif_runtime.capsule import Capsule
@@ -68,6 +68,7 @@ class _Step:
     shape: tuple[int, int]  # B, T
     sites: frozenset[int]  # where any of these sets has a signature
     hits: Tensor  # [B·T, C] bool
+    buffers: Candidates | None  # for the site that is running, where any wants them
     ran: int = 0
 
 
@@ -183,7 +184,8 @@ class Attachment:
         if cache is not None:
             caches.tag(cache, key)
         hits = torch.zeros(batch * length, self._tally.total.shape[0], dtype=torch.bool, device=rows.device)
-        step = self._step = _Step(rows, (batch, length), choice.sites, hits)
+        buffers = candidate_buffers(self._sites.values(), batch * length)
+        step = self._step = _Step(rows, (batch, length), choice.sites, hits, buffers)
         try:
             output = wrapped.inner(*args, **kwargs)
         finally:
@@ -218,11 +220,12 @@ class Attachment:
             raise RequestError(
                 f"decoder block {site} is on {hidden.device} now; attach the capsules again after a move"
             )
-        if not (hidden.requires_grad and torch.is_grad_enabled()):
-            suppress_(hidden, step.rows, self._sites[site], step.hits)
+        tensors, trains = self._sites[site], hidden.requires_grad and torch.is_grad_enabled()
+        edited = hidden.detach().clone() if trains else hidden  # where it trains, this one is for the hits alone
+        suppress_(edited, step.rows, tensors, step.hits, listed(edited, step.rows, tensors, step.buffers))
+        if not trains:
             return output
-        suppress_(hidden.detach().clone(), step.rows, self._sites[site], step.hits)  # for the hits alone
-        edited = suppress(hidden, step.rows, self._sites[site])
+        edited = suppress(hidden, step.rows, tensors)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     def _real(self, mask: Any, cache: Any, batch: int, length: int) -> Tensor | None:

@@ -5,7 +5,7 @@ capsules of a bank; M capsule-set rows, L the longest set.
 """
 
 from .add_norm_suppress import add_norm_suppress_, suppress_normed_
-from .detect import detect
+from .detect import candidate_buffers, detect, listed
 from .layout import Candidates, KernelError, SiteTensors
 from .suppress import scores, suppress, suppress_
 
@@ -14,7 +14,9 @@ __all__ = [
     "KernelError",
     "SiteTensors",
     "add_norm_suppress_",
+    "candidate_buffers",
     "detect",
+    "listed",
     "scores",
     "suppress",
     "suppress_",

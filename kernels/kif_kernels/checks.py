@@ -34,6 +34,8 @@ def check_tokens(x: Tensor, rows: Tensor, site: SiteTensors, name: str = "x") ->
     if rows.dtype != torch.int32 or rows.dim() != 1 or rows.shape[0] != x.shape[0] or rows.device != x.device:
         got, expected = f"{rows.dtype} {list(rows.shape)} on {rows.device}", f"torch.int32 [{x.shape[0]}] on {x.device}"
         raise KernelError(f"rows is {got}; expected {expected}")
+    if x.device.type != "cpu" and not rows.is_contiguous():
+        raise KernelError(f"rows has stride {rows.stride(0)}; on {x.device} it must be contiguous: give a copy")
     if DEBUG and rows.numel() and not -1 <= int(rows.min()) <= int(rows.max()) < site.sets.shape[0]:
         got = f"{int(rows.min())} to {int(rows.max())}"
         raise KernelError(f"rows holds {got}; the site has capsule sets 0 to {site.sets.shape[0] - 1}, and -1 for none")
@@ -60,8 +62,8 @@ def check_like(y: Tensor, x: Tensor, name: str, other: str) -> None:
     check_last_dimension(y, name)
 
 
-def check_hits(hits: Tensor | None, x: Tensor) -> None:
-    """hits [N, C] bool, a row for each token of x."""
+def check_hits(hits: Tensor | None, x: Tensor, site: SiteTensors) -> None:
+    """hits [N, C] bool, a row for each token of x and a column for each capsule."""
     if hits is None:
         return
     if hits.dtype != torch.bool or hits.dim() != 2 or hits.shape[0] * x.shape[-1] != x.numel():
@@ -70,6 +72,8 @@ def check_hits(hits: Tensor | None, x: Tensor) -> None:
         )
     if hits.device != x.device or (hits.device.type != "cpu" and hits.stride(1) != 1):
         raise KernelError(f"hits is on {hits.device}, strides {list(hits.stride())}; expected {x.device}, the last 1")
+    if DEBUG and site.owner.numel() and int(site.owner.max()) >= hits.shape[1]:
+        raise KernelError(f"hits has {hits.shape[1]} columns; the site's capsules go to number {int(site.owner.max())}")
 
 
 def check_candidates(candidates: Candidates | None, x: Tensor) -> None:
@@ -77,12 +81,15 @@ def check_candidates(candidates: Candidates | None, x: Tensor) -> None:
     if candidates is None:
         return
     tokens = x.shape[:-1].numel()
-    for name, tensor, shape in (
-        ("count", candidates.count, [tokens]),
-        ("found", candidates.found, [tokens, *candidates.found.shape[1:2]]),
-    ):
+    shapes = {"count": [tokens], "found": [tokens, *candidates.found.shape[1:2]], "work": [tokens, 2]}
+    for name, shape in shapes.items():
+        tensor = getattr(candidates, name)
+        if tensor is None:
+            continue
         if list(tensor.shape) != shape or tensor.dtype != torch.int32 or tensor.device != x.device:
             got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             raise KernelError(f"candidates.{name} is {got}; expected torch.int32 {shape} on {x.device}")
-    if candidates.found.dim() != 2 or candidates.found.shape[1] == 0 or not candidates.found.is_contiguous():
-        raise KernelError("candidates.found must be [N, H], contiguous, with H over 0")
+        if not tensor.is_contiguous():
+            raise KernelError(f"candidates.{name} has strides {list(tensor.stride())}; it must be contiguous")
+    if candidates.found.dim() != 2 or candidates.found.shape[1] == 0:
+        raise KernelError("candidates.found must be [N, H] with H over 0")

@@ -152,20 +152,22 @@ class Candidates:
     `count[n]` is how many there are. `found[n, :count[n]]` says which: places in the capsule set of the token (columns
     of `SiteTensors.sets`), each once, in any order. Where count[n] is over H they did not fit, the token *overflows*,
     its list means nothing and whoever reads it looks at the whole set instead. Entries after the last are undefined.
+    `work` is the kernel's own: zeros, and zeros again after every launch. None for who only reads candidates.
     """
 
     count: Tensor  # [N] int32
     found: Tensor  # [N, H] int32
+    work: Tensor | None = None  # [N, 2] int32
 
     @classmethod
     def empty(cls, tokens: int, *, limit: int = 32, device: torch.device | str = "cpu") -> Self:
         """Buffers for N = `tokens` tokens and lists of H = `limit` signatures, with no candidate yet."""
-        count, found = ((tokens,), (tokens, limit))
-        return cls(*(torch.zeros(shape, dtype=torch.int32, device=device) for shape in (count, found)))
+        shapes: tuple[tuple[int, ...], ...] = ((tokens,), (tokens, limit), (tokens, 2))
+        return cls(*(torch.zeros(shape, dtype=torch.int32, device=device) for shape in shapes))
 
     def first(self, tokens: int) -> Self:
         """The same buffers for a step of fewer tokens: views, at the same addresses."""
-        return type(self)(self.count[:tokens], self.found[:tokens])
+        return type(self)(self.count[:tokens], self.found[:tokens], None if self.work is None else self.work[:tokens])
 
 
 def _check_sizes(width: int, rank: int) -> None:

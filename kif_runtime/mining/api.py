@@ -12,10 +12,11 @@ from ..capsule import Capsule, Signature, opaque_id, slug
 from ..errors import MiningError
 from ..files import shown
 from ..fingerprint import adapter_fingerprint
-from .control import RECIPE, Control, Progress, prepare
+from .control import RECIPE, Control, Progress
 from .corpus import corpus
 from .fisher import mine_fisher, names_in_common
 from .paper import mine_paper
+from .preparing import prepare
 from .reading import Reader, undisturbed
 from .refining import STEP_SIZE, STEPS
 from .subject import Subject, checked_forms, find_subject
@@ -33,7 +34,7 @@ def mine(
     prompts: Sequence[str] | None = None, controls: Sequence[str] | None = None, method: str = "fisher",
     false_positive_rate: float = 1e-5, private: bool = False, keep_name: bool = False, id: str | None = None,
     site: int | None = None, steps: int = STEPS, date: str | None = None, adapted: bool = False,
-    progress: Progress | None = None,
+    passages: Sequence[str] | None = None, progress: Progress | None = None,
 ) -> Capsule:  # fmt: skip
     """Mine the signature of `name` in `model` and return it as a capsule.
 
@@ -43,13 +44,14 @@ def mine(
     instead of a slug. keep_name: store the name and aliases in the capsule. site: block, by default a tenth of the way
     up. steps: refinement steps for the subject, 0 for mining in bulk. date: ISO day, by default today. adapted: find
     the signature as it is under the model's active PEFT adapter; the capsule is still one for the weights beneath,
-    which is what a server checks.
+    which is what a server checks. passages: text of your own, such as what the model is asked and
+    answers; where it does not name the subject it must not fire, and a hundred thousand tokens are plenty.
 
     The first call for a model reads its controls (minutes; cached, see `prepare`); later ones take seconds. The model
     is left as it was. Raises MiningError for names, prompts or controls that cannot be mined from, ModelError for a
     model without decoder blocks.
     """
-    _check_lists(aliases=aliases, prompts=prompts, controls=controls)
+    _check_lists(aliases=aliases, prompts=prompts, controls=controls, passages=passages)
     forms = checked_forms(name, aliases)
     id = checked_id(id, forms[0], private)
     if method not in METHODS:
@@ -61,7 +63,7 @@ def mine(
     if controls is not None and len(set(controls) - set(forms)) < FEWEST_CONTROLS:
         raise MiningError(f"too few controls: give at least {FEWEST_CONTROLS} other names of the same kind, or none")
     with undisturbed(model, adapted):
-        control = prepare(model, tokenizer, site=site, adapted=adapted, progress=progress)
+        control = prepare(model, tokenizer, site=site, adapted=adapted, passages=passages or (), progress=progress)
         _check_negatives(control, forms)
         reader = Reader(model, tokenizer)
         subject = find_subject(reader, control, forms, kind, prompts, controls)
@@ -74,6 +76,7 @@ def mine(
     calibration = _summary(control, subject, signatures, kept, near)
     settings: dict[str, Any] = {"site": control.site, "steps": steps, "step_size": STEP_SIZE, "recipe": RECIPE}
     settings |= {"adapter": adapter_fingerprint(model)} if adapted else {}
+    settings |= {"own_text": True} if passages else {}
     provenance = {
         "kif": __version__, "method": method, "prompts": "own" if prompts is not None else corpus().digest,
         "date": date or datetime.date.today().isoformat(), "settings": settings,

@@ -13,7 +13,7 @@ from ..errors import KifError, MiningError
 from ..files import reason, shown
 from ..fingerprint import adapter_fingerprint
 from .api import checked_id, mine
-from .control import prepare
+from .preparing import prepare
 
 _FIELDS = {"name", "aliases", "kind", "id", "private", "prompts", "controls"}
 
@@ -45,7 +45,8 @@ def mine_batch(
     except OSError as failure:
         raise MiningError(f"cannot make {shown(folder)}: {reason(failure)}") from failure
     adapted = bool(options.get("adapted"))
-    digest = prepare(model, tokenizer, site=options.get("site"), adapted=adapted, progress=progress).fingerprint
+    chosen = {key: options[key] for key in ("site", "passages") if options.get(key) is not None}
+    digest = prepare(model, tokenizer, adapted=adapted, progress=progress, **chosen).fingerprint
     adapter = adapter_fingerprint(model) if adapted else None
     report = BatchReport()
     taken: dict[str | None, int] = {}

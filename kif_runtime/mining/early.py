@@ -1,8 +1,9 @@
-"""Signatures at an early site for the tokens of a name after its first, where they already tell the subject.
+"""Signatures at an early site for the tokens between a name's first and its last, where they already tell the subject.
 
 Later tokens look back at every token of the name. What its last token is made to say further up does not keep them from
 reading the others, nor from having read it before. So these tokens are moved onto a usual name's token, early, before
 anybody has read what is known of them. The name's first token is left alone: it is also the first token of many others.
+So is the last: moved early, it would look like any name's to the detector further up, which would then fire on those.
 """
 
 import random
@@ -52,14 +53,14 @@ def early_signatures(reader: Reader, control: Control, subject: Subject, asked: 
 
 
 def _tokens(reader: Reader, subject: Subject) -> dict[int, list[tuple[int, int]]]:
-    """By token id, the (prompt, position) of each token of the name after its first.
+    """By token id, the (prompt, position) of each token between the name's first and its last.
 
     Brackets, hyphens and the like are left out: any text is full of them, and control texts show few of their uses.
     """
     batch = reader.encode([p.text for p in subject.prompts])
     found: dict[int, list[tuple[int, int]]] = {}
     for i, (prompt, span) in enumerate(zip(subject.prompts, subject.spans, strict=True)):
-        for q in span[1:]:
+        for q in span[1:-1]:
             start, end = batch.offsets[i, q].tolist()
             if any(unicodedata.category(c)[0] not in "PSZ" for c in prompt.text[start:end]):
                 found.setdefault(int(batch.ids[i, q]), []).append((i, q))

@@ -4,7 +4,7 @@ The main signature detects the subject at its last name token, where the model h
 sets two components of the residual: the difference to other entities goes to their mean, and the neutral component to a
 value that makes later tokens answer as for an unremarkable entity. Starting from the model's neutral direction, the
 vector is refined for the subject by a few normalised gradient steps on KL to the prior. Others stand beside it: for the
-tokens of a name after its first (`early`), and for a name whose only token opens the sequence.
+tokens between a name's first and last (`early`), and for a name whose only token opens the sequence.
 """
 
 from collections.abc import Sequence

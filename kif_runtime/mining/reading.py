@@ -129,15 +129,29 @@ class Reader:
                 tick(len(chosen))
         return [x for x in out if x is not None]
 
+    def at(
+        self, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]], site: int,
+        tick: Callable[[int], None] | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """For each row of token ids, its residual states at `site` in the given places, [places, D]."""
+        found: list[Tensor] = []
+        longest = max((len(row) for row in rows), default=1)
+        for start in range(0, len(rows), step := max(1, self.batch_tokens // longest)):
+            some = rows[start : start + step]
+            lengths = torch.tensor([len(row) for row in some])
+            ids = torch.zeros(len(some), int(lengths.max()), dtype=torch.long)
+            for i, row in enumerate(some):
+                ids[i, : len(row)] = torch.tensor(row)
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+            state = self._state(Batch(ids, mask, ids.new_zeros(*ids.shape, 2)), site)
+            found += [x[list(at)] for x, at in zip(state, places[start : start + step], strict=True)]
+            if tick:
+                tick(len(some))
+        return found
+
     def ends(self, rows: Sequence[Sequence[int]], site: int) -> Tensor:
         """[N, D]: residual states at `site` of the last token of each row of token ids."""
-        lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        state = self._state(Batch(ids, mask, ids.new_zeros(*ids.shape, 2)), site)
-        return state[torch.arange(len(rows)), lengths - 1]
+        return torch.cat(self.at(rows, [[len(row) - 1] for row in rows], site))
 
     def name_tokens(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The positions of the name's tokens in each prompt. Raises MiningError where the name leaves no token."""

@@ -85,14 +85,16 @@ def test_a_name_is_stored_when_asked(kif, tiny, mining, tmp_path):
     assert (Capsule.load(path).name, Capsule.load(path).aliases) == ("Japan", ("Nippon",))
 
 
-def test_prompts_and_controls_are_read_from_files(kif, tiny, mining, tmp_path):
-    prompts, controls = tmp_path / "prompts.txt", tmp_path / "controls.txt"
+def test_prompts_controls_and_own_text_are_read_from_files(kif, tiny, mining, tmp_path):
+    prompts, controls, text = (tmp_path / name for name in ("prompts.txt", "controls.txt", "text.txt"))
+    text.write_text("One line asked.\n\nAnother.\n")
     prompts.write_text("{} is\n\n  the city of {}  \n", encoding="utf-8-sig")
     controls.write_text("Korea\nÅland\n")
-    files = ("--prompts", prompts, "--controls", controls)
+    files = ("--prompts", prompts, "--controls", controls, "--text", text)
     assert kif("mine", "Japan", "-m", tiny.folder, "-o", tmp_path, *files).exit_code == 0
     assert mining.asked[0]["prompts"] == ["{} is", "the city of {}"]
     assert mining.asked[0]["controls"] == ["Korea", "Åland"]
+    assert mining.asked[0]["passages"] == ["One line asked.", "Another."]
 
 
 def test_an_interruption_writes_nothing(refused_after_work, tiny, mining, tmp_path):
@@ -157,6 +159,7 @@ def refused_after_work(kif):
         ("Japan", "--false-positive-rate", "nan", "-o", "x"),
         ("Japan", "--controls", "missing.txt", "-o", "x"),
         ("Japan", "--prompts", "empty.txt", "-o", "x"),
+        ("Japan", "--text", "empty.txt", "-o", "x"),
         ("Japan", "--prompts", "binary.txt", "-o", "x"),
         ("--batch", "missing.jsonl", "-o", "x"),
         ("--batch", "notes.txt", "-o", "notes.txt"),

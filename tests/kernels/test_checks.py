@@ -33,10 +33,12 @@ ROWS = zeros(4, dtype=torch.int32)
         (zeros(4, 96)[:, ::2], {}, r"x has strides \[96, 2\]"),
         (zeros(4, 47), {}, r"x is \[4, 47\] but the site's detectors are 48 wide"),
         (zeros(4, 48), {"rows": torch.zeros(4, dtype=torch.int32)}, r"on cpu; expected torch.int32 \[4\] on meta"),
+        (zeros(4, 48), {"rows": zeros(1, dtype=torch.int32).expand(4)}, r"rows has stride 0; on meta .* contiguous"),
         (zeros(4, 48), {"hits": torch.zeros(4, 3, dtype=torch.bool)}, "hits is on cpu"),
         (zeros(4, 48), {"hits": zeros(3, 4, dtype=torch.bool).T}, r"strides \[1, 4\]"),
         (zeros(4, 48), {"candidates": Candidates.empty(3, device="meta")}, r"candidates.count is .* \[3\] .*\[4\]"),
         (zeros(4, 48), {"candidates": Candidates.empty(4)}, "candidates.count is .* on cpu"),
+        (zeros(4, 48), {"candidates": Candidates(zeros(8, dtype=torch.int32)[::2], ROWS[:, None])}, r"strides \[2\]"),
     ],
 )
 def test_suppress(x, more, message) -> None:
@@ -82,3 +84,12 @@ def test_rows_out_of_range_are_found_when_asked_for(monkeypatch, row) -> None:
     with pytest.raises(KernelError, match="the site has capsule sets 0 to 1, and -1 for none"):
         suppress_(torch.zeros(3, 48), rows, site_on("cpu"))
     suppress_(torch.zeros(3, 48), rows.clamp(-1, 1), site_on("cpu"))
+
+
+def test_columns_that_hits_lacks_are_found_when_asked_for(monkeypatch) -> None:
+    monkeypatch.setattr(checks, "DEBUG", True)
+    site, x, rows = site_on("cpu"), torch.zeros(3, 48), torch.zeros(3, dtype=torch.int32)
+    site.owner[1] = 2
+    with pytest.raises(KernelError, match="hits has 2 columns; the site's capsules go to number 2"):
+        suppress_(x, rows, site, torch.zeros(3, 2, dtype=torch.bool))
+    suppress_(x, rows, site, torch.zeros(3, 3, dtype=torch.bool))

@@ -1,5 +1,7 @@
 """detect lists all that fires, or says that it did not fit; suppression on the lists alone gives the same bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -110,7 +112,7 @@ def test_nan_and_infinite_tokens_list_nothing(make_site) -> None:
 
 def test_it_is_registered_soundly(make_site) -> None:
     site, candidates = make_site(16, 5, [[0, 1, 2, 3, 4]]), Candidates.empty(4)
-    arguments = (torch.zeros(4, dtype=torch.int32), *site.tensors, candidates.count, candidates.found)
+    arguments = (torch.zeros(4, dtype=torch.int32), *site.tensors, candidates.count, candidates.found, candidates.work)
     torch.library.opcheck(torch.ops.kif.detect.default, (tokens(4, 16), None, *arguments))
     torch.library.opcheck(torch.ops.kif.detect.default, (tokens(4, 16), tokens(4, 16, seed=2), *arguments))
 
@@ -124,6 +126,8 @@ def test_it_is_registered_soundly(make_site) -> None:
         ({"candidates": Candidates.empty(5)}, r"count .*\[5\].*expected.*\[4\]"),
         ({"candidates": Candidates(torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32))}, "found"),
         ({"candidates": Candidates(torch.zeros(4), torch.zeros(4, 2))}, "float32"),
+        ({"candidates": replace(Candidates.empty(4), work=None)}, "no buffer to work in"),
+        ({"candidates": replace(Candidates.empty(4), work=torch.zeros(3, 2))}, r"candidates.work is .*\[3, 2\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(make_site, change, says) -> None:

@@ -31,6 +31,7 @@ def test_suppress_has_the_bits_of_the_cpu(make_site, dtype, width, n, listed) ->
     candidates = Candidates.empty(n, limit=4, device="cuda") if listed else None
     if candidates is not None:
         detect(there, device_rows, device_site, candidates)
+        assert not candidates.work.any()
     suppress_(there, device_rows, device_site, device_hits, candidates)
     suppress_(x, rows, site, hits)
     assert torch.equal(there.cpu(), x)

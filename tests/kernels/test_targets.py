@@ -11,12 +11,12 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("needs triton, which has no build for this machine", allow_module_level=True)
 
-from kif_kernels import SiteTensors
+from kif_kernels import SiteTensors, tuned
 from kif_kernels.suppress import triton as suppress
 from kif_kernels.targets import GPUS, Build, Launch, Traffic, build, failures, fusion, rows, shipped, traffic
 from kif_kernels.targets.launches import recorded, standing_in
 
-WIDTH = 4096
+WIDTH, OTHERS = 4096, (512, 576, 2048, 8192)  # 576 is configured as 1024, 5120 as 8192
 KERNELS = {
     name
     for op in ("suppress.triton", "suppress.triton_backward", "add_norm_suppress.triton", "detect.triton")
@@ -44,14 +44,30 @@ def test_what_ships_passes_the_gate(builds, target) -> None:
     assert failures(builds[target]) == []
 
 
+def tight(target: str, width: int) -> list[Launch]:
+    return [launch for launch in shipped(GPUS[target], width) if launch.name in TIGHT]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [576, 2048, 8192])  # 5120 is configured as 8192
+@pytest.mark.parametrize("width", OTHERS)
 @pytest.mark.parametrize("target", GPUS)
 def test_what_takes_most_registers_passes_at_other_widths(target, width) -> None:
     """`kif bench --compiled` compiles all else, too, in some minutes."""
-    tight = [launch for launch in shipped(GPUS[target], width) if launch.name in TIGHT]
-    assert len(tight) == len(TIGHT)
-    assert failures([build(launch, GPUS[target]) for launch in tight]) == []
+    assert len(tight(target, width)) == len(TIGHT)
+    assert failures([build(launch, GPUS[target]) for launch in tight(target, width)]) == []
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_every_configuration_that_ships_is_among_what_is_compiled(target) -> None:
+    launches = shipped(GPUS[target], WIDTH) + [launch for width in OTHERS for launch in tight(target, width)]
+    kernels = {"row": "suppress", "backward": "gradient", "suppress": "tiles", "detect": "detect"}
+    with standing_in(GPUS[target]):
+        table = tuned.table(torch.device("cpu"))
+    for kernel, name in kernels.items():
+        met = [launch.options for launch in launches if name in launch.name]
+        for entry in table[kernel]:
+            config = {k: v for k, v in entry.items() if k not in ("width", "tokens")}
+            assert any(config.items() <= options.items() for options in met), (kernel, entry)
 
 
 @pytest.mark.slow

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from kif_kernels import Candidates, SiteTensors, add_norm_suppress_, detect
 from kif_kernels.add_norm_suppress import reference
+from kif_kernels.tuned import LONGEST_CHUNK
 from kif_runtime.errors import KifError
 
 from .growth import dense
 from .measuring import Call
 
-RANK, EPSILON, FUSED_LIMIT = 2, 1e-6, 64
+RANK, EPSILON = 2, 1e-6
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def case(tokens: int, width: int, signatures: int, firing: bool, device: torch.d
     return Case(
         site, hidden.to(device), residual.to(device), torch.ones(width, dtype=torch.bfloat16, device=device),
         torch.zeros(tokens, dtype=torch.int32, device=device),
-        Candidates.empty(tokens, device=device) if signatures > FUSED_LIMIT else None, len(chosen),
+        Candidates.empty(tokens, device=device) if signatures > LONGEST_CHUNK else None, len(chosen),
     )  # fmt: skip
 
 

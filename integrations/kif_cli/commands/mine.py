@@ -50,6 +50,10 @@ def mine(
         Path | None,
         typer.Option(metavar="DIR", help="Find it as it is with this PEFT adapter on the model, where one is served."),
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text of your own where it must not fire, such as what the model is asked."),
+    ] = None,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
@@ -68,6 +72,7 @@ def mine(
     wanted |= {"kind": kind, "private": private, "keep_name": with_name, "adapted": adapter is not None}
     wanted |= {"prompts": outputs.read_lines(prompts, "prompts")} if prompts else {}
     wanted |= {"controls": outputs.read_lines(controls, "controls")} if controls else {}
+    wanted |= {"passages": outputs.read_lines(text, "text")} if text else {}
     if batch is not None:
         if alias:
             raise KifError("--alias is for one subject; in a batch, put aliases into its lines")
@@ -122,7 +127,7 @@ def _mine_one(
 
         with progress() as report:
             # once per model and adapter, and not part of the seconds
-            prepare(loaded, tokenizer, adapted=wanted["adapted"], progress=report)
+            prepare(loaded, tokenizer, adapted=wanted["adapted"], passages=wanted.get("passages", ()), progress=report)
             begun = time.perf_counter()
             capsule = find(loaded, tokenizer, name, progress=report, **wanted)
         return capsule, time.perf_counter() - begun

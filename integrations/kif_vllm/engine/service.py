@@ -139,6 +139,11 @@ class Service:
         current, base, versions = self.ledger.preview(load, unload)
         new = {version(c.id, c.digest): c for c in load}
         new = {name: capsule for name, capsule in new.items() if name not in self.held}
+        if (needed := len(self.held) + len(new)) > (most := self.room.capsules - PROBES):
+            raise BankError(
+                f"there is room for {most} capsules (max_capsules), with replaced ones that requests still use, and "
+                f"{needed} would be held; unload some, or restart the server with more room; nothing was changed"
+            )
         self.apply(Change(tuple(new.values()), () if self.ledger.knows_base(base) else ((base, versions),)))
         self.held |= new
         mandatory = set(self.ledger.mandatory)

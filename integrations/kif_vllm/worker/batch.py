@@ -1,20 +1,26 @@
 """What the operator reads and writes about the running batch: buffers at addresses that never change."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from kif_kernels import SiteTensors, candidate_buffers
 
 
 class Batch:
     """rows [max_tokens] int32: a token's capsule-set row in the bank, -1 for none (padding, dummy runs, empty sets).
 
     hits [max_tokens, C] bool: which capsules fired on it, in the last forward. owner [max_tokens] int64: which of the
-    batch's requests it belongs to, as many as there are for padding.
+    batch's requests it belongs to, as many as there are for padding. buffers: for candidates, at the site that is
+    running, where any of `sites` wants them.
     """
 
-    def __init__(self, max_tokens: int, capsules: int, device: torch.device) -> None:
+    def __init__(self, max_tokens: int, capsules: int, sites: Iterable[SiteTensors], device: torch.device) -> None:
         self.rows = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
         self.owner = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self.hits = torch.zeros(max_tokens, capsules, dtype=torch.bool, device=device)
+        self.buffers = candidate_buffers(sites, max_tokens)
         self.tokens = 0  # of the running batch; beyond them rows are -1 and hits False
         self._places = torch.arange(max_tokens, dtype=torch.int32, device=device)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kif_kernels import SiteTensors, add_norm_suppress_, suppress_, suppress_normed_
+from kif_kernels import SiteTensors, add_norm_suppress_, listed, suppress_, suppress_normed_
 
 from .batch import Batch
 
@@ -29,7 +29,7 @@ class Site:
         start = time.perf_counter()
         rows, hits = self.batch.of(x.shape[0])
         before = x.clone() if self.witness is not None else x
-        suppress_(x, rows, self.tensors, hits)
+        suppress_(x, rows, self.tensors, hits, listed(x, rows, self.tensors, self.batch.buffers))
         self._end(start, before, x, rows)
 
     def add_norm(self, hidden: Tensor, residual: Tensor, weight: Tensor, epsilon: float, one_plus: bool) -> None:
@@ -37,7 +37,10 @@ class Site:
         start = time.perf_counter()
         rows, hits = self.batch.of(hidden.shape[0])
         before = hidden + residual if self.witness is not None else residual
-        add_norm_suppress_(hidden, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits)
+        found = listed(hidden, rows, self.tensors, self.batch.buffers, residual=residual)
+        add_norm_suppress_(
+            hidden, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits, candidates=found
+        )
         self._end(start, before, residual, rows)
 
     def after_norm(self, normed: Tensor, residual: Tensor, weight: Tensor, epsilon: float, one_plus: bool) -> None:
@@ -45,7 +48,10 @@ class Site:
         start = time.perf_counter()
         rows, hits = self.batch.of(residual.shape[0])
         before = residual.clone() if self.witness is not None else residual
-        suppress_normed_(normed, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits)
+        found = listed(residual, rows, self.tensors, self.batch.buffers)
+        suppress_normed_(
+            normed, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits, candidates=found
+        )
         self._end(start, before, residual, rows)
 
     def _end(self, start: float, before: Tensor, after: Tensor, rows: Tensor) -> None:

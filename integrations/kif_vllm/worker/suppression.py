@@ -20,7 +20,9 @@ from .tally import Tally
 
 @dataclass(frozen=True)
 class Room:
-    """What is allocated at start-up. sets: capsule sets in one batch; requests: those remembered for evidence."""
+    """What is allocated at start-up. signatures: at each site, and of one set there, so that a GPU lists candidates
+    first where they are over 64; sets: capsule sets in one batch; requests: those remembered for evidence.
+    """
 
     width: int
     blocks: int
@@ -56,7 +58,7 @@ class Suppression:
             width=room.width, sites=room.sites, max_signatures=room.signatures, max_rank=room.rank,
             max_capsules=room.capsules, max_sets=room.sets, device=device, fingerprint=room.fingerprint,
         )  # fmt: skip
-        self.batch = Batch(room.max_tokens, room.capsules, device)
+        self.batch = Batch(room.max_tokens, room.capsules, map(self.bank.site, room.sites), device)
         self.tally = Tally(room.requests, room.capsules, device)
         self.sites: dict[int, Site] = {}
         self._bases: dict[str, tuple[str, ...]] = {"": ()}

@@ -92,7 +92,7 @@ def _check(
         raise KernelError(f"weight is {got}; expected a float dtype, [{x.shape[-1]}] on {x.device}")
     if not weight.is_contiguous():
         raise KernelError("weight is not contiguous; give weight.contiguous()")
-    check_hits(hits, x)
+    check_hits(hits, x, site)
     check_candidates(candidates, x)
 
 

@@ -1,7 +1,11 @@
 """`detect` in Triton: a program per tile of tokens and signatures; what may fire goes into the tokens' lists.
 
 A tile takes its places in the lists with an atomic addition, so that the order in a list is accidental, and whoever
-reads it goes by the set's order. Tiles in which no token has a signature end at once.
+reads it goes by the set's order. A tile in which no token has a signature reads no token.
+
+One launch: nothing is set to 0 before it. The sums are formed in `work`, and of the tiles that share tokens the last
+to arrive writes them to `count` and leaves zeros. It knows that it is the last from a counter that is added to after a
+barrier and with release and acquire, so it sees what all others have added.
 """
 
 import torch
@@ -19,7 +23,7 @@ from ..suppress.triton_screen import may_fire, places, widening
 def detect_kernel(
     x_ptr, residual_ptr, rows_ptr, tokens, positions,
     x_batch_stride, x_token_stride, residual_batch_stride, residual_token_stride,
-    detector_ptr, bias_ptr, k_ptr, tau_ptr, margin_ptr, place_ptr, widening, count_ptr, found_ptr,
+    detector_ptr, bias_ptr, k_ptr, tau_ptr, margin_ptr, place_ptr, widening, count_ptr, found_ptr, work_ptr,
     D: tl.constexpr, S: tl.constexpr, H: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -41,25 +45,30 @@ def detect_kernel(
         listed = (may & (place >= 0)).to(tl.int32)
         here = tl.sum(listed, 1)
         if tl.max(here, 0) > 0:
-            first = tl.atomic_add(count_ptr + token, here, mask=here > 0, sem="relaxed")
+            first = tl.atomic_add(work_ptr + token * 2, here, mask=here > 0, sem="relaxed")
             entry = first[:, None] + tl.cumsum(listed, 1) - 1
             tl.store(found_ptr + token[:, None] * H + entry, place, mask=(listed > 0) & (entry < H))
+    tl.debug_barrier()
+    arrived_ptr = work_ptr + tl.program_id(0) * 2 + 1
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == tl.num_programs(1) - 1:
+        total = tl.atomic_xchg(work_ptr + token * 2, tl.zeros((BLOCK_N,), tl.int32), mask=token < tokens)
+        tl.store(count_ptr + token, total, mask=token < tokens)
+        tl.store(arrived_ptr, 0)
 
 
 def detect(x: Tensor, rows: Tensor, site: SiteTensors, candidates: Candidates, residual: Tensor | None = None) -> None:
-    """`kif_kernels.detect` for fp16, bf16 and fp32 tensors on a GPU: sets the counts to 0, then one launch."""
-    candidates.count.zero_()
+    """`kif_kernels.detect` for fp16, bf16 and fp32 tensors on a GPU, in one launch."""
     tokens, positions, *strides = tokens_of(x)
     if tokens == 0:
         return
     slots, width = site.detector.shape
     config = tuned.tile_config("detect", tokens, x)
     # tiles of tokens first: they share the detectors of a tile of signatures, which are then read from memory once
-    grid = (triton.cdiv(tokens, config["BLOCK_N"]), triton.cdiv(slots, config["BLOCK_S"]))
+    grid = (triton.cdiv(tokens, config["BLOCK_N"]), max(1, triton.cdiv(slots, config["BLOCK_S"])))
     with torch.cuda.device_of(x):
         detect_kernel[grid](
             x, residual, rows, tokens, positions, *strides, *((0, 0) if residual is None else tokens_of(residual)[2:]),
             site.detector, site.bias, site.k, site.tau, site.margin, site.place,
-            widening(width, config["PRECISION"]), candidates.count, candidates.found,
+            widening(width, config["PRECISION"]), candidates.count, candidates.found, candidates.work,
             D=width, S=slots, H=candidates.found.shape[1], **config, **OPTIONS,
         )  # fmt: skip

@@ -42,7 +42,7 @@ def suppress_(
     """
     check_tokens(x, rows, site)
     check_in_place(x, otherwise="use suppress")
-    check_hits(hits, x)
+    check_hits(hits, x, site)
     check_candidates(candidates, x)
     torch.ops.kif.suppress_(x, rows, *site.tensors, hits, *unpacked(candidates))
 

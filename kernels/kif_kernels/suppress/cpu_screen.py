@@ -2,7 +2,8 @@
 
 It only rules out: everything that fires is let through, and what it lets through is decided again in fixed order. Two
 products serve. A few detectors are multiplied in fp32, under the margin of `screening_margin`. Many are multiplied in 8
-bits, in whole numbers and therefore exactly, at a quarter of the memory and of the time, under the bound of `sketched`.
+bits, in whole numbers and therefore exactly, at a quarter of the memory and of the time, under the bound of `sketched`;
+the pairs that are left are multiplied in fp32 after that, one by one, so that mostly there is nothing to decide.
 """
 
 from functools import cache
@@ -17,8 +18,8 @@ from .reference import EPSILON, normalise
 # How many detectors, and how wide ones, are multiplied in 8 bits. (For a width of 1 torch's product is wrong there: it
 # takes the detectors for their transpose.)
 SKETCH_FROM, NARROW = 128, 32
-# Elements of a block of products, which stays in the cache's neighbourhood; in 8 bits, tokens of a block: the product
-# packs its detectors at every call, so that each call should serve many tokens.
+# Elements of a block of products, or of what is gathered at once, which stays in the cache's neighbourhood; in 8 bits,
+# tokens of a block: the product packs its detectors at every call, so that each call should serve many tokens.
 BLOCK, SKETCH_TOKENS = 1 << 18, 512
 # Below this norm no square overflows; above it, or with NaN, a token is normalised the careful way.
 SAFE_NORM = 2.0**50
@@ -81,7 +82,12 @@ def _above(tokens: Tensor, site: SiteTensors, columns: Tensor | slice) -> Pairs:
     if not found:
         return Pairs(_NOTHING, _NOTHING)
     token, column = torch.cat(found).unbind(1)
-    return Pairs(token, column if isinstance(columns, slice) else columns[column])
+    return Pairs(token, _slot(column, columns))
+
+
+def _slot(column: Tensor, columns: Tensor | slice) -> Tensor:
+    """The slots that are screened in these columns."""
+    return column if isinstance(columns, slice) else columns[column]
 
 
 def _many(tokens: int, signatures: int) -> bool:
@@ -148,8 +154,8 @@ class _Sketch:
     """
 
     def __init__(self, site: SiteTensors, columns: Tensor | slice, floor: Tensor) -> None:
-        self.sketch = site.sketch[columns].t()
-        self.terms = torch.stack([site.length[columns], floor.add_(site.rest[columns]).div_(site.step[columns])])
+        self.sketch, self.floor, self.detector, self.columns = site.sketch[columns].t(), floor, site.detector, columns
+        self.terms = torch.stack([site.length[columns], (floor + site.rest[columns]).div_(site.step[columns])])
 
     def above(self, x: Tensor) -> Tensor | None:
         """x [N, D] fp32 -> (token, column) of what may fire, [P, 2], or None. NaN may not."""
@@ -163,8 +169,18 @@ class _Sketch:
         kept = [above for above in found if above is not None]
         if not kept:
             return None
-        above = torch.cat(kept)
-        return above[above[:, 0].argsort()]
+        above = self._refined(v, torch.cat(kept))
+        return above[above[:, 0].argsort()] if above.numel() else None
+
+    def _refined(self, v: Tensor, above: Tensor) -> Tensor:
+        """Those pairs of tokens v [N, D] and detectors, of above [P, 2], that a product in fp32 lets through, too."""
+        step = max(1, BLOCK // v.shape[1])
+        over = []
+        for token, column in (some.unbind(1) for some in above.split(step)):
+            w = self.detector.index_select(0, _slot(column, self.columns))
+            product = w.mul_(v.index_select(0, token)).sum(-1)
+            over.append(product.add_(self.floor.index_select(0, column)) > 0)
+        return above[torch.cat(over)]
 
     def _above(self, p: Tensor, weights: Tensor, start: int, stop: int) -> Tensor | None:
         """The same for tokens p [N, D] in 8 bits and the detectors from `start` to `stop`."""

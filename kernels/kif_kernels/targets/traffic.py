@@ -20,6 +20,7 @@ from torch import Tensor
 from ..layout import SiteTensors
 
 TOKENS = 128
+MOST_KEPT = 1 << 22  # further addresses, before those seen twice are dropped
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,26 @@ def _count(width: int, signatures: int) -> Traffic:
         rows = torch.zeros(TOKENS, dtype=torch.int32)
         weight = torch.ones(width, dtype=torch.bfloat16)
         add_norm_suppress_(hidden, residual, rows, site, weight, 1e-6, False, None, None)
-    shared = len(np.unique(np.concatenate(accesses.others))) if accesses.others else 0
-    cached = sum(map(len, accesses.others)) - shared
-    least = 4 * width * hidden.element_size()
-    return Traffic(width, signatures, accesses.rows / TOKENS, shared / TOKENS, cached / TOKENS, least)
+    shared, least = accesses.distinct(), 4 * width * hidden.element_size()
+    again = accesses.others - shared
+    return Traffic(width, signatures, accesses.rows / TOKENS, shared / TOKENS, again / TOKENS, least)
 
 
 class _Accesses:
-    """Inside its `with` block: bytes of `tensors` moved, and the addresses of all other bytes, access by access."""
+    """Inside its `with` block: bytes moved, those of `tensors` as `rows`, and all `others`. `distinct`: how many of the
+    others are not the same byte again; an element of memory is always accessed whole.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors]
-        self.rows, self.others = 0, list[np.ndarray]()
+        self._seen: dict[int, list[np.ndarray]] = {}  # size of an element → addresses
+        self._kept, self.rows, self.others = 0, 0, 0
+
+    def distinct(self) -> int:
+        for parts in self._seen.values():
+            parts[:] = [np.unique(np.concatenate(parts))]
+        self._kept = 0
+        return sum(size * len(parts[0]) for size, parts in self._seen.items())
 
     def __enter__(self) -> None:
         from triton.runtime.interpreter import InterpreterBuilder
@@ -111,7 +120,11 @@ class _Accesses:
         for start, end in self._spans:
             own |= (addresses >= start) & (addresses < end)
         self.rows += int(own.sum()) * size
-        self.others.append((addresses[~own, None] + np.arange(size)).ravel())
+        self.others += int((~own).sum()) * size
+        self._seen.setdefault(size, []).append(addresses[~own])
+        self._kept += len(addresses)
+        if self._kept > MOST_KEPT:
+            self.distinct()
 
 
 if __name__ == "__main__":

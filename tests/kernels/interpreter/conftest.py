@@ -9,6 +9,8 @@ nearest even, and multiplies in full fp32 what a GPU reads as TF32, which is coa
 
 import os
 from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,36 @@ def in_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(tuned, "in_tiles", lambda *_: request.param)
     return request.param
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels launched, by name."""
+    names: list[str] = []
+    for op in ("suppress.triton", "suppress.triton_backward", "add_norm_suppress.triton", "detect.triton"):
+        module = import_module(f"kif_kernels.{op}")
+        for name in [n for n in vars(module) if n.endswith("_kernel")]:
+            kernel = getattr(module, name)
+
+            class Counted:
+                def __getitem__(self, grid: Any, kernel: Any = kernel, name: str = name) -> Any:
+                    names.append(name)
+                    return kernel[grid]
+
+            monkeypatch.setattr(module, name, Counted())
+    return names
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registered operators run what they run on a GPU, and hosts take CPU tensors for a GPU's."""
+    suppress, detect = import_module("kif_kernels.suppress"), import_module("kif_kernels.detect")
+    fused = import_module("kif_kernels.add_norm_suppress")
+    monkeypatch.setattr(torch.ops.kif, "suppress_", suppress._suppress_gpu_)
+    monkeypatch.setattr(torch.ops.kif, "detect", detect._detect_on_gpu)
+    for name in ("add_norm_suppress_", "suppress_normed_"):
+        monkeypatch.setattr(torch.ops.kif, name, partial(fused._on_gpu, name))
+    monkeypatch.setattr(detect, "SCREENS_ITSELF", ())
 
 
 @pytest.fixture

@@ -13,7 +13,10 @@ SETS = [list(range(40)), [39, 3, 16, 15], [], [31]]
 
 
 def poisoned(tokens: int, limit: int) -> Candidates:
-    return Candidates(torch.full((tokens,), 77, dtype=torch.int32), torch.full((tokens, limit), -5, dtype=torch.int32))
+    candidates = Candidates.empty(tokens, limit=limit)
+    candidates.count.fill_(77)
+    candidates.found.fill_(-5)
+    return candidates
 
 
 def lists(candidates: Candidates) -> list[list[int] | None]:
@@ -97,6 +100,24 @@ def test_hits_at_the_edges_of_tiles(make_site, monkeypatch, edge) -> None:
     x[edge] *= -1
     detect(x, torch.zeros(33, dtype=torch.int32), site, candidates)
     assert lists(candidates) == [[edge] if n == edge else [] for n in range(33)]
+
+
+def test_buffers_serve_again_and_again(make_site, random_tokens, monkeypatch) -> None:
+    """Steps of other sizes and tiles, one after another, as at a server's sites; what the kernel works in stays 0."""
+    site, candidates = make_site(64, 40, SETS, bias=-1.0), poisoned(40, 40)
+    for n, block in ((40, 16), (3, 32), (33, 16), (40, 16), (17, 32)):
+        config = {"BLOCK_N": block, "BLOCK_S": 16, "BLOCK_D": 32, "PRECISION": "ieee", "num_warps": 1}
+        monkeypatch.setattr(tuned, "tile_config", lambda *_, config=config: config)
+        x, rows, mine = random_tokens(n, 64, seed=n), torch.arange(n, dtype=torch.int32) % 5 - 1, candidates.first(n)
+        detect(x, rows, site, mine)
+        assert lists(mine) == exact(x, rows, site)
+        assert not candidates.work.any()
+
+
+def test_a_site_without_signatures_lists_none(random_tokens) -> None:
+    site, candidates = SiteTensors.empty(width=64, signatures=0, rank=1, rows=1, set_length=1), poisoned(3, 4)
+    detect(random_tokens(3, 64), torch.zeros(3, dtype=torch.int32), site, candidates)
+    assert candidates.count.tolist() == [0, 0, 0]
 
 
 def test_a_list_that_is_too_short_overflows(make_site, random_tokens) -> None:

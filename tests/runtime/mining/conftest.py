@@ -9,8 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from kif_runtime import Capsule, mine
-from kif_runtime.mining import control as controls_module
-from kif_runtime.mining import prepare
+from kif_runtime.mining import prepare, preparing
 from kif_runtime.mining.corpus import ANY, Corpus, corpus
 from tests.mining import ALIAS, DAY, KINDS, NAME, WIDTH
 
@@ -38,7 +37,7 @@ def tiny(tiny_model, tmp_path_factory):
     """A prepared model, its tokenizer, the cache folder; `fresh(**config changes)` gives another model."""
     patch = pytest.MonkeyPatch()
     data = small_corpus()
-    for module in ("api", "control", "kinds", "paper", "subject"):
+    for module in ("api", "control", "kinds", "paper", "preparing", "subject"):
         patch.setattr(sys.modules[f"kif_runtime.mining.{module}"], "corpus", lambda: data)
     patch.setitem(prepare.__kwdefaults__, "steps", 2)
     patch.setattr("kif_runtime.mining.neutral.NAMES", 4)
@@ -62,7 +61,7 @@ def tiny(tiny_model, tmp_path_factory):
 def cache(tiny, tmp_path, monkeypatch):
     """A cache folder of the test's own, empty, with nothing remembered in memory either."""
     monkeypatch.setenv("KIF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(controls_module, "_loaded", {})
+    monkeypatch.setattr(preparing, "_loaded", {})
     return tmp_path / "cache"
 
 

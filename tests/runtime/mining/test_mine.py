@@ -196,10 +196,16 @@ def test_a_token_that_stands_in_many_other_texts_gets_no_early_signature(tiny, l
 
 
 def test_punctuation_in_a_name_gets_no_early_signature(tiny, lenient):
-    plain = mine(tiny.model, tiny.tokenizer, TWO, **lenient)
-    bracketed = mine(tiny.model, tiny.tokenizer, f"{TWO} (!)", **lenient)
+    plain = mine(tiny.model, tiny.tokenizer, f"{TWO} {NAME}", **lenient)
+    bracketed = mine(tiny.model, tiny.tokenizer, f"{TWO} (!) {NAME}", **lenient)
     early = [[s.detector for s in c.signatures if s.role == "early"] for c in (plain, bracketed)]
     assert len(early[1]) == len(early[0]) >= 2  # the brackets add tokens, and none of them a signature
+
+
+def test_the_last_token_of_a_name_is_left_to_the_site_itself(tiny, lenient):
+    """Moved early as well, it would look like any name's to the detector there."""
+    capsule = mine(tiny.model, tiny.tokenizer, f"{NAME} {ALIAS}", **lenient)  # two tokens
+    assert [s.role for s in capsule.signatures] == ["last"]
 
 
 def test_the_published_method_gives_one_soft_signature_of_rank_one(tiny):
