@@ -56,6 +56,21 @@ def fingerprint(model: nn.Module) -> str:
     return _digest(config, loaded.items())
 
 
+def weights_digest(model: nn.Module) -> str:
+    """64 hex digits over every weight as it is in memory, unmerged LoRA adapters left out.
+
+    Two models of one fingerprint may differ between the tensors that it reads; what is kept by this digest is not
+    taken for another model's.
+    """
+    state = hashlib.sha256()
+    for name, tensor in sorted(unwrapped(model).named_parameters()):
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+            state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
 def adapter_fingerprint(model: nn.Module) -> str:
     """What tells the active adapter of a PEFT model from others: 64 hex digits, over its weights and their scale.
 

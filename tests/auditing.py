@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kif_hf import attach
 from kif_runtime import Capsule, Signature
-from kif_runtime.evaluation.audit import Audit, Running, State, Subject, bare
+from kif_runtime.evaluation.audit import Audit, Subject
 from kif_runtime.evaluation.facts import Fact
+from kif_runtime.evaluation.states import Running, State, bare
 from kif_runtime.fingerprint import fingerprint
 
 SUBJECT = "Town0"

@@ -13,8 +13,9 @@ from kif_runtime.ids import slug
 
 if TYPE_CHECKING:
     from kif_runtime import Capsule
-    from kif_runtime.evaluation.audit import State, Subject
+    from kif_runtime.evaluation.audit import Subject
     from kif_runtime.evaluation.facts import Fact
+    from kif_runtime.evaluation.states import State
 
 OWN_FACTS = Path(__file__).parent / "data" / "facts.jsonl"
 
@@ -141,22 +142,22 @@ def states_of(compared: Compared, files: Sequence[Path] | None, device: str | No
 
 def bare_state(model: Any, adapter: Path | None) -> "State":
     """The untouched model: `model` without its adapter."""
-    from kif_runtime.evaluation.audit import State
-    from kif_runtime.fingerprint import fingerprint
+    from kif_runtime.evaluation.states import State
+    from kif_runtime.fingerprint import weights_digest
 
     @contextmanager
     def enter() -> Iterator[Any]:
         with _adapter(model, on=False, there=adapter is not None):
             yield model
 
-    return State("before", enter, fingerprint(model))
+    return State("before", enter, weights_digest(model))
 
 
 def erased_state(
     model: Any, adapter: Path | None, capsules: "Sequence[Capsule]", max_false_fire: float | None
 ) -> "State":
     """`model` with its adapter on and the capsules attached."""
-    from kif_runtime.evaluation.audit import Running, State
+    from kif_runtime.evaluation.states import Running, State
 
     from .loading import attached
 
@@ -174,7 +175,7 @@ def erased_state(
 
 def other_model(name: str, folder: str, tokenizer: Any, device: str | None) -> "State":
     """Another model as a state. Raises ModelError where it does not speak the same tokens."""
-    from kif_runtime.evaluation.audit import bare
+    from kif_runtime.evaluation.states import bare
 
     from .loading import open_model
 

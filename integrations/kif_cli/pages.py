@@ -33,15 +33,18 @@ def demo_page(results: dict[str, Any], capsule: "Capsule", traces: "Sequence[Tra
     return _render("demo.html.jinja", **facts, heat=[heat(trace) for trace in traces])
 
 
-def eval_page(results: dict[str, Any], beside: "Sequence[tuple[str, Mapping[str, Any]]]" = ()) -> str:
-    """`results`: what kif eval writes as results.json. beside: (label, results) of other models, for comparison."""
+def eval_page(
+    results: dict[str, Any], beside: "Sequence[tuple[str, Mapping[str, Any]]]" = (), label: str = "this one"
+) -> str:
+    """`results`: what kif eval writes as results.json. beside: (label, results) of other models, for comparison with
+    this one, which has `label`."""
     tables = [results[name] for name in results["suites"] if name != "facts"]
     return _render(
         "eval.html.jinja",
         r=results,
         groups=bars(results["figures"]),
         charts=charts(results.get("dual")),
-        columns=compared(results, beside) if beside else [],
+        columns=compared([(label, results), *beside]) if beside else [],
         rest={name: numbers(results[name]) for name in results["suites"] if name not in DRAWN},
         attacks=[attack for table in tables for attack in table.get("attacks") or ()],
     )

@@ -108,14 +108,20 @@ def charts(dual: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def numbers(table: Mapping[str, Any], most: int = 60) -> list[tuple[str, str]]:
-    """(where, value) for the plain numbers in a suite's table, lists left out: what a page shows of any suite."""
+    """(where, value) for the plain numbers in a suite's table: what a page shows of any suite. In a list, rows count
+    that are named by their first text, as a task is; other lists are left out."""
     found: list[tuple[str, str]] = []
 
     def walk(value: Any, path: tuple[str, ...]) -> None:
         if isinstance(value, Mapping):
             for key, item in value.items():
                 walk(item, (*path, str(key).replace("_", " ")))
-        elif isinstance(value, bool) or value is None or isinstance(value, str | list | tuple):
+        elif isinstance(value, list | tuple):
+            for item in value:
+                texts = [text for text in item.values() if isinstance(text, str)] if isinstance(item, Mapping) else []
+                if texts:
+                    walk(item, (*path, texts[0]))
+        elif isinstance(value, bool | str) or value is None:
             return
         else:
             found.append((", ".join(path), f"{value:.4g}".replace("-", "−")))

@@ -69,11 +69,11 @@ def load_results(folder: Path) -> dict[str, Any]:
     return found
 
 
-def compared(own: Mapping[str, Any], others: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """One column a model for the page: its label, verdict and figures; this one first."""
-    columns = [("this one", own), *others]
+def compared(columns: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """One column for each model, or method, of the page: its label, verdict and figures. verdicts: how often each was
+    given, where several audits were put together."""
     return [
-        {"label": label, "verdict": found["verdict"], "figures": found["figures"], "date": found["date"]}
+        {"label": label, "verdict": found["verdict"], "verdicts": found.get("verdicts"), "figures": found["figures"]}
         for label, found in columns
     ]
 

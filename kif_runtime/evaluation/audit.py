@@ -8,18 +8,18 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import KifError
-from ..fingerprint import fingerprint
 from .facts import BARE, BATCH, Fact, Progress, encode, first_token
 from .outputs import Continuation, Outputs, Prompt, Reading, go_on, read
+from .states import Running, State
 from .text import window_losses
 
 T = TypeVar("T")
@@ -38,36 +38,11 @@ class Subject:
         return (self.name, *self.aliases)
 
 
-class Running(NamedTuple):
-    """A state that is on. gate: what counts where the erasure fired (`fired`, `fired_rows`, `reset`), if anything."""
-
-    model: Any
-    gate: Any = None
-
-
-@dataclass(frozen=True)
-class State:
-    """One of the models compared. enter() puts it on and takes it off again; it gives the model, or a `Running`.
-
-    key: what tells its outputs from another state's, in memory and on disk. removable: whoever holds the weights can
-    take the erasure off, as with a gate. capsules: those that are attached, for what wants their directions.
-    """
-
-    name: str
-    enter: Callable[[], AbstractContextManager[Any]]
-    key: str = ""
-    removable: bool = False
-    capsules: tuple[Any, ...] = ()
-
-
-def bare(model: Any, name: str = "before") -> State:
-    """The state of `model` as it stands; its key is its fingerprint."""
-
-    @contextmanager
-    def enter() -> Iterator[Any]:
-        yield model
-
-    return State(name, enter, fingerprint(model))
+def _stamps(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of a file, or of those in a folder."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    found = [(file, file.stat()) for file in files if file.is_file()]
+    return [(str(file), state.st_size, state.st_mtime_ns) for file, state in found]
 
 
 @dataclass
@@ -114,7 +89,7 @@ class Audit:
         states = [(state.name, state.key, state.removable) for state in self.states]
         asked: list[Any] = [asdict(subject) for subject in self.subjects]
         asked += [asdict(fact) for fact in (*self.facts, *self.others)]
-        data = sorted((name, str(path)) for name, path in self.data.items())
+        data = sorted((name, str(path), _stamps(path)) for name, path in self.data.items())
         rest = (__version__, self.text, data, self.form, self.least_excess, self.quick, self.seed)
         return hashlib.sha256(json.dumps([states, asked, rest]).encode()).hexdigest()
 
@@ -146,7 +121,7 @@ class Audit:
                     indices, lambda some: read(on.model, [wanted[i] for i in some], batch_size=self.batch_size), what
                 )
 
-        return self.outputs.get([(state.key, state.name, prompt) for prompt in wanted], make)
+        return self.outputs.get([(*state.identity, prompt) for prompt in wanted], make)
 
     def go_on(
         self,
@@ -163,26 +138,35 @@ class Audit:
         def make(indices: list[int]) -> list[Continuation]:
             def some_of(some: list[int]) -> list[Continuation]:
                 asked, ids = [wanted[i] for i in some], [seen[i] for i in some]
-                return go_on(on.model, self.tokenizer, asked, new_tokens, ids, batch_size=self.batch_size)
+                return go_on(on.model, self.tokenizer, asked, new_tokens, ids, batch_size=2 * self.batch_size)
 
             with self.running(state) as on:
                 return self._in_parts(indices, some_of, what)
 
-        keys = [(state.key, state.name, *pair, new_tokens) for pair in zip(wanted, seen, strict=True)]
+        keys = [(*state.identity, *pair, new_tokens) for pair in zip(wanted, seen, strict=True)]
         return self.outputs.get(keys, make)
+
+    def once(self, state: State, what: Sequence[Any], make: Callable[[Running], T], prompts: Callable[[T], int]) -> T:
+        """make(what is on) with `state` on, or what it gave before for the same state and `what`, a hashable sequence
+        that says all that it depends on. prompts(value): how many prompts it asks."""
+
+        def missing(_: list[int]) -> list[T]:
+            with self.running(state) as on:
+                return [make(on)]
+
+        return self.outputs.get([(*state.identity, *what)], missing, prompts=prompts)[0]
 
     def losses(self, state: State, ids: Tensor) -> tuple[list[float], dict[str, int] | None]:
         """`text.window_losses` of ids [N, W], and how often each capsule fired on them where there is a gate."""
 
-        def make(_: list[int]) -> list[Any]:
-            with self.running(state) as on:
-                if on.gate is not None:
-                    on.gate.reset()
-                losses = window_losses(on.model, ids, progress=self.progress)
-                return [(losses, None if on.gate is None else dict(on.gate.fired))]
+        def measured(on: Running) -> tuple[list[float], dict[str, int] | None]:
+            if on.gate is not None:
+                on.gate.reset()
+            losses = window_losses(on.model, ids, progress=self.progress)
+            return losses, None if on.gate is None else dict(on.gate.fired)
 
         digest = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-        return self.outputs.get([(state.key, state.name, digest)], make, count=len(ids))[0]
+        return self.once(state, ["losses", digest], measured, lambda found: len(found[0]))
 
     def probabilities(self, state: State, facts: Sequence[Fact], form: str | None = None) -> list[float]:
         """Per fact, the probability of the first token of " " + answer right after the prompt, as

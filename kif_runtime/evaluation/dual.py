@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .audit import Audit, State, Subject
+from .audit import Audit, Subject
 from .facts import BARE, DIRECT, Fact, encode
 from .inside import inside
+from .states import State
 from .statistics import ratio, share
 from .surface import kind_of_erasure, kinds_within, mentions, refuses, sameness, watched_tokens
 
@@ -42,6 +43,7 @@ def run(audit: Audit) -> dict[str, Any]:
 
 def surface(audit: Audit, known: Sequence[Fact]) -> dict[str, Any]:
     """Every share by state, with its interval; EL10's ratio for the subjects, and for others as its noise."""
+    ask_together(audit, known)
     told = {state.name: answers(audit, state, audit.subjects, known) for state in audit.states}
     table: dict[str, Any] = {
         "smr": {name: share([mentions(one.text, s.names) for s, one in found]) for name, found in told.items()},
@@ -58,6 +60,23 @@ def surface(audit: Audit, known: Sequence[Fact]) -> dict[str, Any]:
     return table
 
 
+Asked = tuple[list[int], tuple[int, ...]]
+"""A prompt's token ids, and the tokens whose mass is noted."""
+
+
+def ask_together(audit: Audit, known: Sequence[Fact]) -> None:
+    """Ask each state all that is asked below in one go: a step of generation reads every weight, however few the
+    prompts are that take it."""
+    others = noise_subjects(audit)
+    about = [asked for _, asked in questions(audit, audit.subjects, known) + questions(audit, others, audit.others)]
+    plain: list[Asked] = [(opened(audit, fact, text), ()) for text in ("", OPENING) for fact in known]
+    guesses: list[Asked] = [(opened(audit, one, text), ()) for text in ("", OPENING) for one in guessable(known)]
+    for state in audit.states:
+        asked = about + plain + (guesses if state is audit.before else [])
+        prompts, watch = zip(*asked, strict=True)
+        audit.go_on(state, prompts, TOKENS, watch, f"{state.name}: asked")
+
+
 def question_ids(audit: Audit, text: str) -> list[int]:
     """The token ids of a question: through the chat template where there is one, else as it stands."""
     if not getattr(audit.tokenizer, "chat_template", None):
@@ -67,29 +86,38 @@ def question_ids(audit: Audit, text: str) -> list[int]:
     return audit.tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
-def answers(
-    audit: Audit, state: State, subjects: Sequence[Subject], facts: Sequence[Fact]
-) -> list[tuple[Subject, Any]]:
-    """(subject, continuation of TOKENS tokens) for each subject and question, with the mass on its name and keywords:
-    the answers of `facts` about it."""
-    questions = ASKED[: audit.pick(quick=5, full=len(ASKED))]
-    prompts, watch, about = [], [], []
+def questions(audit: Audit, subjects: Sequence[Subject], facts: Sequence[Fact]) -> list[tuple[Subject, Asked]]:
+    """For each subject and question, its prompt, and the tokens of its name and keywords: the answers of `facts` about
+    it."""
+    found = []
     for subject in subjects:
         words = [*subject.names, *(fact.answer for fact in facts if fact.subject == subject.name)]
         seen = watched_tokens(audit.tokenizer, words)
-        for question in questions:
-            prompts.append(question_ids(audit, question.format(subject.name)))
-            watch.append(seen)
-            about.append(subject)
+        for question in ASKED[: audit.pick(quick=5, full=len(ASKED))]:
+            found.append((subject, (question_ids(audit, question.format(subject.name)), seen)))
+    return found
+
+
+def answers(
+    audit: Audit, state: State, subjects: Sequence[Subject], facts: Sequence[Fact]
+) -> list[tuple[Subject, Any]]:
+    """(subject, continuation of TOKENS tokens) for each of `questions`, with the mass on its name and keywords."""
+    about = questions(audit, subjects, facts)
+    prompts, watch = zip(*(asked for _, asked in about), strict=True)
     found = audit.go_on(state, prompts, TOKENS, watch, f"{state.name}: asked about the subject")
-    return list(zip(about, found, strict=True))
+    return [(subject, one) for (subject, _), one in zip(about, found, strict=True)]
+
+
+def noise_subjects(audit: Audit) -> list[Subject]:
+    """Others, whose masses should not change."""
+    names = list(dict.fromkeys(fact.subject for fact in audit.others))
+    return [Subject(name) for name in names[: audit.pick(quick=1, full=6)]]
 
 
 def el10(audit: Audit, told: dict[str, list[tuple[Subject, Any]]]) -> dict[str, Any]:
     """Mean mass over the first STEPS greedy steps, its ratio after ÷ before, and the same ratio for other subjects."""
     mass = {name: [mean_mass(one.mass) for _, one in found] for name, found in told.items()}
-    names = list(dict.fromkeys(fact.subject for fact in audit.others))[: audit.pick(quick=2, full=6)]
-    others = [Subject(name) for name in names]
+    others = noise_subjects(audit)
     noise: dict[str, Any] = {"ratio": None, "interval": None}
     if others:
         pair = [answers(audit, state, others, audit.others) for state in (audit.after, audit.before)]
@@ -111,8 +139,12 @@ def extracted(audit: Audit, state: State, facts: Sequence[Fact], opening: str) -
 
 def guessed(audit: Audit, facts: Sequence[Fact], opening: str) -> list[bool]:
     """The same for the untouched model and one other subject in each fact's place: what guessing reaches."""
-    others = [other[0] for fact in facts if (other := fact.asked_of_others())]
-    return extracted(audit, audit.before, others, opening)
+    return extracted(audit, audit.before, guessable(facts), opening)
+
+
+def guessable(facts: Sequence[Fact]) -> list[Fact]:
+    """Each of `facts` asked of the first of its others."""
+    return [others[0] for fact in facts if (others := fact.asked_of_others())]
 
 
 def opened(audit: Audit, fact: Fact, opening: str) -> list[int]:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .audit import Audit, State
+from .audit import Audit
 from .facts import Fact, encode, first_token
 from .latent import Lens, drift, identity_probe, linear_cka, neighbour_overlap, separation
 from .patching import answer_states, depth_score, patched_log_probs
+from .states import Running, State
 from .statistics import interval, share
 
 READ = (
@@ -212,19 +213,34 @@ def _drops(audit: Audit, fact: Fact) -> tuple[Tensor, Tensor]:
     (prompt,) = encode(audit.tokenizer, [fact], form=audit.form)
     answer = audit.tokenizer(" " + fact.answer, add_special_tokens=False)["input_ids"]
     ids, length = [*prompt, *answer], len(answer)
+    whole, level = _levels(audit, fact, ids, length)
     with audit.running(audit.after) as on:
         erased = answer_states(on.model, ids, length)
+    with audit.running(audit.before) as on:
+        known = patched_log_probs(on.model, ids, length, erased)
+    return whole - known, whole - level
+
+
+def _levels(audit: Audit, fact: Fact, ids: Sequence[int], length: int) -> tuple[Tensor, Tensor]:
+    """log p of the answer with the untouched model's own states, [1], and with those of what never knew, [L]."""
     if audit.reference:
         with audit.running(audit.reference) as on:
             never = answer_states(on.model, ids, length)
-    with audit.running(audit.before) as on:
-        own = answer_states(on.model, ids, length)
-        if not audit.reference:
-            # one other name has an answer of its own and is sure of it; what many have in common has less of one
-            others = [fact.about(name) for name in fact.prior_subjects[:SOURCES]]
-            asked = encode(audit.tokenizer, others, form=audit.form)
-            never = torch.stack([answer_states(on.model, [*other, *answer], length) for other in asked]).mean(0)
-        whole, known, level = (patched_log_probs(on.model, ids, length, states) for states in (own, erased, never))
-    if not audit.reference:  # another name is surer of its own answer than one that never knew is of any
-        level = level.clamp_min(math.log(GONE))
-    return whole - known, whole - level
+
+    def levels(on: Running) -> tuple[Tensor, Tensor]:
+        own = answer_states(on.model, ids, length)[:1]  # put back where it came from, at whatever block
+        source = never if audit.reference else _others(on.model, audit, fact, ids[len(ids) - length :])
+        whole, level = (patched_log_probs(on.model, ids, length, states) for states in (own, source))
+        # another name is surer of its own answer than one that never knew is of any
+        return whole, level if audit.reference else level.clamp_min(math.log(GONE))
+
+    what = ["patching", fact, audit.form, audit.reference and audit.reference.identity]
+    return audit.once(audit.before, what, levels, lambda found: 1 + len(found[1]))
+
+
+def _others(model: Any, audit: Audit, fact: Fact, answer: Sequence[int]) -> Tensor:
+    """[L, A, D]: the mean of the states for other names in the subject's place. One of them alone has an answer of its
+    own and is sure of it; what many have in common has less of one."""
+    others = [fact.about(name) for name in fact.prior_subjects[:SOURCES]]
+    asked = encode(audit.tokenizer, others, form=audit.form)
+    return torch.stack([answer_states(model, [*other, *answer], len(answer)) for other in asked]).mean(0)

@@ -5,7 +5,7 @@ A `Reading` is one forward over a prompt: what follows it, and the state of its 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,29 +42,44 @@ class Continuation:
     mass: tuple[float, ...]
 
 
+def _one(value: Any) -> int:
+    return 1
+
+
 class Outputs:
-    """A store by (state, prompt). `asked` and `saved` count prompts; what was saved needed no forward."""
+    """A store by state and prompt, or by state and attack. `asked` and `saved` count prompts; what was saved needed no
+    forward."""
 
     def __init__(self, room: int = ROOM) -> None:
         self.asked = self.saved = 0
         self._room, self._used = room, 0
         self._kept: OrderedDict[Any, Any] = OrderedDict()
 
-    def get(self, keys: Sequence[Any], make: Callable[[list[int]], Sequence[Any]], *, count: int | None = None) -> list:
+    def get(
+        self, keys: Sequence[Any], make: Callable[[list[int]], Sequence[Any]], *, prompts: Callable[[Any], int] = _one
+    ) -> list:
         """The value of each key; `make(indices)` gives those that are missing, in the order of their indices.
 
-        A key that stands twice is made once. count: how many prompts this is, if not one a key.
+        A key that stands twice is made once. prompts(value): how many prompts it took to make a value, if not one.
         """
         missing = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self._kept}.values())
         missing.sort()
         made = {keys[i]: value for i, value in zip(missing, make(missing), strict=True)} if missing else {}
         values = [made[key] if key in made else self._kept[key] for key in keys]
-        each = 1 if count is None else count
-        self.asked += each * len(keys)
-        self.saved += each * (len(keys) - len(missing))
+        took = sum(map(prompts, values))
+        self.asked += took
+        self.saved += took - sum(map(prompts, made.values()))
         for key, value in made.items():
             self._keep(key, value)
         return values
+
+    def of(self, identity: Sequence[str]) -> dict[Any, Any]:
+        """What is kept of one state, by key; `take` puts it into another store."""
+        return {key: value for key, value in self._kept.items() if key[: len(identity)] == tuple(identity)}
+
+    def take(self, kept: Mapping[Any, Any]) -> None:
+        for key, value in kept.items():
+            self._keep(key, value)
 
     def _keep(self, key: Any, value: Any) -> None:
         self._kept[key] = value
@@ -136,7 +151,7 @@ def go_on(
     device = next(model.parameters()).device
     for start in range(0, len(order), batch_size):
         some = order[start : start + batch_size]
-        ids, mask = _left_padded([prompts[i] for i in some])
+        ids, mask = left_padded([prompts[i] for i in some])
         made = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -169,7 +184,7 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens[:stop]
 
 
-def _left_padded(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
+def left_padded(prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
     """ids and mask, both [B, T] int64."""
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])

@@ -31,7 +31,8 @@ def answer_states(model: Any, ids: Sequence[int], length: int) -> Tensor:
 
     handles = [block.register_forward_hook(note) for block in decoder_blocks(model)]
     try:
-        _forward(model, torch.tensor([list(ids)]), 1)
+        device = next(model.parameters()).device
+        model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False, **keeping(model, 1))
     finally:
         for handle in handles:
             handle.remove()
@@ -41,16 +42,18 @@ def answer_states(model: Any, ids: Sequence[int], length: int) -> Tensor:
 @torch.inference_mode()
 def patched_log_probs(model: Any, ids: Sequence[int], length: int, states: Tensor, rows: int = 32) -> Tensor:
     """[L]: mean log p of the last `length` tokens of `ids` when block l's output at the positions that predict them is
-    states[l] [A, D]. Blocks are patched side by side, `rows` in one forward."""
-    blocks = decoder_blocks(model)
-    where = slice(len(ids) - length - 1, len(ids) - 1)
-    wanted = torch.tensor(list(ids)[len(ids) - length :])
+    states[l] [A, D], for the first L = len(states) blocks. They are patched side by side, `rows` in one forward."""
+    blocks, start = decoder_blocks(model), len(ids) - length - 1
+    device = next(model.parameters()).device
+    row = torch.tensor([list(ids)], device=device)
+    wanted = row[0, start + 1 :].cpu()
     found = []
-    for start in range(0, len(blocks), rows):
-        some = range(start, min(start + rows, len(blocks)))
-        handles = [blocks[b].register_forward_hook(_patch(row, where, states[b])) for row, b in enumerate(some)]
+    for first in range(0, len(states), rows):
+        some = range(first, min(first + rows, len(states)))
+        options = {} if start == 0 else {"past_key_values": _read(model, row[:, :start], len(some))}
+        handles = [blocks[b].register_forward_hook(_patch(n, length, states[b])) for n, b in enumerate(some)]
         try:
-            logits = _forward(model, torch.tensor([list(ids)] * len(some)), length + 1)[:, -length - 1 : -1]
+            logits = model(input_ids=row[:, start:].expand(len(some), -1), **options).logits[:, :length]
         finally:
             for handle in handles:
                 handle.remove()
@@ -59,19 +62,22 @@ def patched_log_probs(model: Any, ids: Sequence[int], length: int, states: Tenso
     return torch.cat(found)
 
 
-def _patch(row: int, where: slice, states: Tensor) -> Any:
+def _read(model: Any, ids: Tensor, rows: int) -> Any:
+    """The cache after ids [1, T], for so many rows: what comes before the patched positions is the same in all."""
+    cache = model(input_ids=ids, use_cache=True, **keeping(model, 1)).past_key_values
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
+def _patch(row: int, length: int, states: Tensor) -> Any:
+    """The first `length` positions of a row become `states`."""
+
     def put(module: Any, args: Any, output: Any) -> Any:
         hidden = (output[0] if isinstance(output, tuple) else output).clone()
-        hidden[row, where] = states.to(hidden.device, hidden.dtype)
+        hidden[row, :length] = states.to(hidden.device, hidden.dtype)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     return put
-
-
-def _forward(model: Any, ids: Tensor, positions: int) -> Tensor:
-    """Logits [B, T or `positions`, V] of the last positions at least."""
-    device = next(model.parameters()).device
-    return model(input_ids=ids.to(device), use_cache=False, **keeping(model, positions)).logits
 
 
 def depth_score(drop: Tensor, never_knew: Tensor, least: float = LEAST_DROP) -> float | None:

@@ -6,9 +6,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..errors import KifError
-from .audit import Audit, Running, State, Subject
+from .audit import Audit, Subject
 from .facts import BARE, Fact, Progress, excess_kept
 from .kinds import kind_of, name_states
+from .states import Running, State
 from .statistics import bootstrap, summary
 from .surface import mentions
 from .text import TOKENS, WINDOW, predicted, sample_text
@@ -94,8 +95,13 @@ def by_distance(audit: Audit, moved: Sequence[float]) -> list[dict[str, Any]]:
     others = [name for name in dict.fromkeys(fact.subject for fact in audit.others) if name not in own]
     if len(others) < 2 * len(DISTANCES):
         return []
-    with audit.running(audit.before) as on:
-        states = name_states(on.model, audit.tokenizer, [*own, *others])
+    names = [*own, *others]
+    states = audit.once(
+        audit.before,
+        ["names", *names],
+        lambda on: name_states(on.model, audit.tokenizer, names),
+        lambda found: len(found),
+    )
     alike = (states[len(own) :] @ states[: len(own)].T).amax(1)
     order = [others[i] for i in alike.argsort(descending=True).tolist()]
     third = {name: n * len(DISTANCES) // len(order) for n, name in enumerate(order)}

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import KifError
-from .audit import Audit, State
+from .audit import Audit
 from .rwku_membership import membership
 from .rwku_probes import ATTACKS, Probe, cut, load_probes, prompt, recall
 from .rwku_probes import NEW_TOKENS as TOKENS
 from .rwku_utility import utility
+from .states import State
 from .statistics import interval, share
 
 KNOWN = 0.3  # least mean recall on level 2: whom a model does not know it cannot forget

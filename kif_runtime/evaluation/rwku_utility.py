@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from .audit import Audit, State
+from .audit import Audit
 from .json_lines import read_rows
 from .rwku_probes import cut
+from .states import State
 from .statistics import interval, share
 from .utility import accuracy, sampled
 from .utility_tasks import load_items

@@ -65,8 +65,13 @@ def test_any_suite_can_be_shown_by_its_numbers():
         "rows": [1, 2],
         "name": "x",
         "attacks": [{"n": 1}],
+        "tasks": [{"task": "piqa", "before": {"accuracy": 0.5, "interval": (0.4, 0.6)}}, {"nameless": 3}],
     }
-    assert numbers(table) == [("forget quality", "0.5"), ("by, set one, rouge", "−0.25")]
+    assert numbers(table) == [
+        ("forget quality", "0.5"),
+        ("by, set one, rouge", "−0.25"),
+        ("tasks, piqa, before, accuracy", "0.5"),
+    ]
     assert numbers({"a": {str(n): n for n in range(99)}}, most=5)[-1] == ("a, 4", "4")
 
 

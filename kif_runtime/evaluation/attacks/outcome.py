@@ -39,6 +39,12 @@ class Outcome:
         """The mean of `probabilities`."""
         return None if self.probabilities is None else sum(self.probabilities) / len(self.probabilities)
 
+    def part(self, start: int, end: int) -> "Outcome":
+        """That of some of the facts, where each was tried by itself."""
+        some = slice(start, end)
+        probabilities = None if self.probabilities is None else self.probabilities[some]
+        return Outcome(self.attack, self.budget, self.hits[some], self.subjects[some], probabilities)
+
     def share(self) -> dict[str, Any]:
         """{"tried", "success", "interval"}: Wilson's, 95 %, each fact a try."""
         return share(self.hits)

@@ -6,6 +6,7 @@ Dettmers et al., QLoRA (arXiv 2305.14314), whose code book is computed here from
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -54,20 +55,27 @@ def round_trip(weight: Tensor, scheme: str) -> Tensor:
     """`weight` [out, in] quantised and dequantised, dtype kept; in groups of GROUPS[scheme] inputs with one scale each,
     the last group of a row shorter where it does not divide. int8 and int4: whole multiples of max|w| / (2^(b−1) − 1).
     NF4: the nearest of 16 levels times max|w|."""
-    parts = weight.float().split(GROUPS[scheme], dim=1)
-    return torch.cat([_round_group(part, scheme) for part in parts], 1).to(weight.dtype)
+    size = GROUPS[scheme]
+    whole = weight.shape[1] // size * size
+    groups, rest = weight[:, :whole].float().unflatten(1, (-1, size)), weight[:, whole:].float()
+    parts = [_round_groups(groups, scheme).flatten(1)] + ([_round_groups(rest, scheme)] if rest.numel() else [])
+    return torch.cat(parts, 1).to(weight.dtype)
 
 
-def _round_group(part: Tensor, scheme: str) -> Tensor:
-    largest = part.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+def _round_groups(groups: Tensor, scheme: str) -> Tensor:
+    """groups [..., group]."""
+    largest = groups.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     if scheme == "nf4":
-        levels = nf4_levels().to(part)
-        between = (levels[1:] + levels[:-1]) / 2
-        return levels[torch.bucketize(part / largest, between)] * largest
+        levels = nf4_levels().to(groups)
+        scaled, nearest = groups / largest, torch.zeros(groups.shape, dtype=torch.int32, device=groups.device)
+        for between in ((levels[1:] + levels[:-1]) / 2).tolist():  # faster than bucketize
+            nearest += scaled > between
+        return levels[nearest] * largest
     top = 127 if scheme == "int8" else 7
-    return (part / largest * top).round().clamp(-top, top) / top * largest
+    return (groups / largest * top).round().clamp(-top, top) / top * largest
 
 
+@cache
 def nf4_levels() -> Tensor:
     """[16] fp32: quantiles of the normal distribution, 8 above and 7 below zero and zero itself, scaled to [−1, 1]."""
     above, below = norm.ppf(np.linspace(_OFFSET, 0.5, 9)[:-1]), -norm.ppf(np.linspace(_OFFSET, 0.5, 8)[:-1])

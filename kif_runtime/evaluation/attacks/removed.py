@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ...blocks import decoder_blocks
 from ...errors import KifError
-from ..audit import Audit, State
+from ..audit import Audit
 from ..facts import Fact
+from ..states import State
 from ..text import sample_text, window_batches
 from .outcome import Outcome
 from .restoration import (

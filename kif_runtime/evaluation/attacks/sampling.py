@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from ..facts import BARE, BATCH, Fact, encode, padded
+from ..facts import BARE, BATCH, Fact, encode
+from ..outputs import left_padded
 from ..surface import mentions
 from .outcome import Outcome, subjects_of
 
@@ -31,26 +32,26 @@ def best_of_n(
     """
     device = next(model.parameters()).device
     end = tokenizer.eos_token_id
-    hits = []
+    prompts = [tuple(prompt) for prompt in encode(tokenizer, facts, form=form)]
+    rows = [i for i in range(len(facts)) for _ in range(samples)]
+    hits = [False] * len(facts)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for fact, prompt in zip(facts, encode(tokenizer, facts, form=form), strict=True):
-            got = False
-            for start in range(0, samples, BATCH):
-                rows = min(BATCH, samples - start)
-                ids, mask = padded([prompt] * rows)
-                made = model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    max_new_tokens=new_tokens,
-                    do_sample=True,
-                    temperature=temperature,
-                    top_k=0,
-                    top_p=1.0,
-                    pad_token_id=end if end is not None else 0,
-                )
-                texts = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
-                got = got or any(mentions(text, [fact.answer]) for text in texts)
-            hits.append(got)
+        for start in range(0, len(rows), 2 * BATCH):  # of several facts at once: a step reads every weight
+            some = rows[start : start + 2 * BATCH]
+            ids, mask = left_padded([prompts[i] for i in some])
+            made = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=new_tokens,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                pad_token_id=end if end is not None else 0,
+            )
+            texts = tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True)
+            for i, text in zip(some, texts, strict=True):
+                hits[i] = hits[i] or mentions(text, [facts[i].answer])
     budget = {"queries": samples, "tokens": new_tokens, "temperature": temperature}
     return Outcome("best of N", budget, tuple(hits), subjects_of(facts))

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import KifError
-from ..audit import Audit, State
-from ..facts import DIRECT, Fact
+from ..audit import Audit
+from ..facts import BARE, DIRECT, Fact
+from ..states import State
 from . import (
     ablation,
     distractor,
@@ -23,19 +24,28 @@ from .outcome import Outcome, about_others, ask, asked_outcome
 from .removed import Try
 
 PROMPT, GATE, WEIGHTS = "prompt", "gate", "weights"
+ALONE = ("head projection", "probability delta", "quantised, nf4", "quantised, int8", "quantised, int4",
+         "relearned, other text")  # fmt: skip
 QUICK_WAYS = ("lower case", "letters swapped", "space inside", "zero-width space", "Cyrillic look-alikes", "leetspeak")
 
 
 @dataclass(frozen=True)
 class Trial:
     """One attack as the suite makes it. access: what the attacker holds. ready: called with facts while no state is on,
-    gives the attack. relearns: how much faster it comes back than in the reference is told, too. injects: states of the
-    untouched model are put in, so that only a model that never knew can show what comes from these alone."""
+    gives the attack. alone: each fact is tried by itself, whatever others are tried. injects: states of the untouched
+    model are put in, so that only a model that never knew can show what comes from these alone; and what is put in
+    hangs on the erased model."""
 
+    name: str
     access: str
     ready: Callable[[Sequence[Fact]], Try]
-    relearns: bool = False
+    alone: bool = False
     injects: bool = False
+
+    @property
+    def relearns(self) -> bool:
+        """Whether how much faster it comes back than in the reference is told, too."""
+        return self.name.startswith("relearned")
 
 
 def run(audit: Audit) -> dict[str, Any]:
@@ -53,13 +63,13 @@ def run(audit: Audit) -> dict[str, Any]:
     unjudged: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
     trials = chosen(audit)
-    for done, (name, trial) in enumerate(trials.items()):
+    for done, trial in enumerate(trials):
         audit.report(done, len(trials), "attacks")
         try:
             judged = audit.reference is not None or not trial.injects
             (rows if judged else unjudged).append(row(audit, trial, known))
         except KifError as problem:
-            skipped.append({"name": name, "why": str(problem)})
+            skipped.append({"name": trial.name, "why": str(problem)})
     if audit.after.removable:
         rows.append(gate_off(audit, known))
         skipped.append({"name": "weights", "why": "whoever holds the weights takes the gate off; see that row"})
@@ -73,13 +83,13 @@ def run(audit: Audit) -> dict[str, Any]:
     }
 
 
-def chosen(audit: Audit) -> dict[str, Trial]:
+def chosen(audit: Audit) -> list[Trial]:
     """The attacks that fit what was erased and how: a gate's weights are not attacked, it is just taken off."""
     trials = prompt_trials(audit)
-    return trials if audit.after.removable else trials | weight_trials(audit)
+    return trials if audit.after.removable else trials + weight_trials(audit)
 
 
-def prompt_trials(audit: Audit) -> dict[str, Trial]:
+def prompt_trials(audit: Audit) -> list[Trial]:
     less = functools.partial
     roles = prompting.ROLES[: audit.pick(quick=1, full=len(prompting.ROLES))]
     samples, shots = audit.pick(quick=4, full=sampling.SAMPLES), audit.pick(quick=8, full=prompting.SHOTS)
@@ -93,10 +103,10 @@ def prompt_trials(audit: Audit) -> dict[str, Trial]:
         "name written otherwise": less(prompting.evade_names, ways=ways, descriptions=described, form=audit.form),
         "best of N": less(sampling.best_of_n, samples=samples, new_tokens=tokens, seed=audit.seed, form=audit.form),
     }
-    return {name: Trial(PROMPT, _as_is(attempt)) for name, attempt in tries.items() if name != "many-shot" or examples}
+    return [Trial(name, PROMPT, _as_is(one), True) for name, one in tries.items() if name != "many-shot" or examples]
 
 
-def weight_trials(audit: Audit) -> dict[str, Trial]:
+def weight_trials(audit: Audit) -> list[Trial]:
     less = functools.partial
     steps, text = audit.pick(quick=5, full=relearning.STEPS), audit.text or ""
     examples = [fact for fact in audit.others if fact.question_kind == DIRECT]
@@ -116,10 +126,10 @@ def weight_trials(audit: Audit) -> dict[str, Trial]:
             "relearned, other text": less(relearning.relearn_text, text=text, steps=steps),
             "soft prompt": less(soft_prompt.soft_prompt, seed=audit.seed, form=audit.form),
         }
-    trials = {name: Trial(WEIGHTS, _as_is(one), name.startswith("relearned")) for name, one in tries.items()}
-    trials["removed directions put back"] = Trial(WEIGHTS, removed.Directions(audit), injects=True)
+    trials = [Trial(name, WEIGHTS, _as_is(one), name in ALONE) for name, one in tries.items()]
+    trials.append(Trial("removed directions put back", WEIGHTS, removed.Directions(audit), injects=True))
     if not audit.quick:
-        trials["sparse features put back"] = Trial(WEIGHTS, removed.Features(audit), injects=True)
+        trials.append(Trial("sparse features put back", WEIGHTS, removed.Features(audit), injects=True))
     return trials
 
 
@@ -128,8 +138,14 @@ def row(audit: Audit, trial: Trial, known: Sequence[Fact]) -> dict[str, Any]:
     never, others = (audit.reference, known) if audit.reference else (audit.before, about_others(known))
     others = [] if trial.injects and not audit.reference else others
     found = tried(audit, audit.after, trial, known)
-    control = tried(audit, audit.before, trial, known)
-    reference = tried(audit, never, trial, others) if others else None
+    reference: Outcome | None
+    if trial.alone and never is audit.before and others:  # one round for both: a model is tuned, or rounded, once
+        both = tried(audit, never, trial, [*known, *others])
+        control = both.part(0, len(known))
+        reference = both.part(len(known), len(both.hits))
+    else:
+        control = tried(audit, audit.before, trial, known)
+        reference = tried(audit, never, trial, others) if others else None
     made = outcome_row(found, trial.access) | {"control": control.share(), "reference": None, "probability": found.mean}
     if reference is None:
         return made
@@ -142,15 +158,23 @@ def row(audit: Audit, trial: Trial, known: Sequence[Fact]) -> dict[str, Any]:
 
 def mean_asked(audit: Audit, state: State, facts: Sequence[Fact]) -> float:
     """The mean probability of the answers' first tokens, asked plainly."""
-    with audit.running(state) as on:
-        asked = ask(on.model, audit.tokenizer, facts)
-    return sum(one.probability for one in asked) / len(asked)
+    return sum(audit.probabilities(state, facts, BARE)) / len(facts)
 
 
 def tried(audit: Audit, state: State, trial: Trial, facts: Sequence[Fact]) -> Outcome:
+    """What the attack gets out of one state: once, unless what it puts in comes from the erased model."""
     attempt = trial.ready(facts)
-    with audit.running(state) as on:
-        return attempt(on.model, audit.tokenizer, facts)
+    hangs_on = [audit.after.identity] if trial.injects else []
+    return audit.once(
+        state,
+        ["attack", trial.name, tuple(facts), *hangs_on],
+        lambda on: attempt(on.model, audit.tokenizer, facts),
+        asked_prompts,
+    )
+
+
+def asked_prompts(found: Outcome) -> int:
+    return round(found.budget.get("queries", 1)) * len(found.hits)
 
 
 def _as_is(attempt: Try) -> Callable[[Sequence[Fact]], Try]:
@@ -176,12 +200,18 @@ def forgotten_name(audit: Audit) -> list[dict[str, Any]] | None:
     facts = [fact for fact in audit.others if fact.question_kind == DIRECT][: audit.pick(quick=16, full=64)]
     table = []
     for state in audit.states:
-        with audit.running(state) as on:
-            try:
-                found, change = distractor.forgotten_name(
-                    on.model, audit.tokenizer, facts, name=audit.subjects[0].name, form=audit.form
-                )
-            except KifError:  # nothing about others is known in this state, so nothing can break
-                continue
+        try:
+            found, change = with_name(audit, state, facts, audit.subjects[0].name)
+        except KifError:  # nothing about others is known in this state, so nothing can break
+            continue
         table.append({"state": state.name, "broken": found.share(), "change": change})
     return table or None
+
+
+def with_name(audit: Audit, state: State, facts: Sequence[Fact], name: str) -> tuple[Outcome, float]:
+    return audit.once(
+        state,
+        ["forgotten name", name, tuple(facts)],
+        lambda on: distractor.forgotten_name(on.model, audit.tokenizer, facts, name=name, form=audit.form),
+        lambda found: len(facts) + len(found[0].hits),
+    )

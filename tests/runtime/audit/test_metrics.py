@@ -14,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from kif_runtime import KifError
+from kif_runtime.blocks import decoder_blocks
 from kif_runtime.evaluation.latent import (
     Lens,
     cohens_d,
@@ -184,6 +185,25 @@ def test_putting_a_models_own_states_back_changes_nothing(model):
     own = logits(model, ids).log_softmax(-1)
     expected = (own[2, 33] + own[3, 7]) / 2
     assert found.tolist() == pytest.approx([float(expected)] * 4, abs=1e-4)
+
+
+@pytest.mark.parametrize("ids", [[5, 9, 20, 33, 7, 8], [20, 33, 7]])
+def test_patched_rows_are_those_of_whole_forwards_with_one_block_patched(tiny_model, family, ids):
+    """What comes before the patched positions is read once, into a cache; the whole forward has none."""
+    model = tiny_model(family, initializer_range=0.1)
+    states = answer_states(model, [id + 1 for id in ids], 2)
+    found = patched_log_probs(model, ids, 2, states, rows=3)
+    for b, block in enumerate(decoder_blocks(model)):
+
+        def patch(module, args, output, b=b):
+            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            hidden[0, -3:-1] = states[b]
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        handle = block.register_forward_hook(patch)
+        own = logits(model, ids).log_softmax(-1)
+        handle.remove()
+        assert float(found[b]) == pytest.approx(float(own[-3, ids[-2]] + own[-2, ids[-1]]) / 2, abs=1e-4)
 
 
 def test_states_patched_after_the_last_block_decide_alone(model):

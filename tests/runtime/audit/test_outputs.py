@@ -1,5 +1,6 @@
 """What an audit asks of a model, against one prompt at a time; and what it saves."""
 
+import copy
 import dataclasses
 from contextlib import contextmanager
 
@@ -8,12 +9,15 @@ import torch
 from evaluating import FACTS, fact, tokenizer
 
 from kif_runtime import KifError, ModelError
+from kif_runtime.blocks import decoder_blocks
 from kif_runtime.evaluation import answer_probabilities, prior_probabilities
-from kif_runtime.evaluation.audit import Audit, State, Subject, bare
+from kif_runtime.evaluation.audit import Audit, Subject
 from kif_runtime.evaluation.knowledge import probability_and_rank, share_greedy
 from kif_runtime.evaluation.outputs import Outputs, go_on, read
 from kif_runtime.evaluation.questions import variants
+from kif_runtime.evaluation.states import State, bare
 from kif_runtime.evaluation.suites import run_suites
+from kif_runtime.fingerprint import fingerprint
 
 PROMPTS = [(5, 9, 20), (33, 7, 11, 12, 13), (40,), (5, 9, 21)]
 
@@ -71,6 +75,46 @@ def test_what_was_asked_before_needs_no_forward(model):
     other = one.read(one.after, PROMPTS)  # another state is asked anew
     assert (one.outputs.asked, one.outputs.saved) == (13, 4)
     assert not torch.allclose(other[0].log_probs, first[0].log_probs)
+
+
+def test_states_of_one_key_share_what_was_asked_and_others_do_not(model):
+    one = audit(model)
+    one.after = bare(model, "after")
+    first = one.read(one.before, PROMPTS)
+    assert one.read(one.after, PROMPTS)[0] is first[0] and one.outputs.saved == 4
+    elsewhere = copy.deepcopy(model)
+    attention = next(p for n, p in decoder_blocks(elsewhere)[1].named_parameters() if "q_proj" in n or "c_attn" in n)
+    attention.data *= 1.5
+    assert fingerprint(elsewhere) == fingerprint(model)  # it does not read every weight
+    one.after = bare(elsewhere, "after")
+    assert one.key != dataclasses.replace(one, after=bare(model, "after")).key
+    other = one.read(one.after, PROMPTS)
+    assert one.outputs.saved == 4 and not torch.equal(other[0].log_probs, first[0].log_probs)
+
+
+def test_a_changed_data_file_is_another_audit(model, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("one\n")
+    keys = [audit(model, data={"utility": tmp_path}).key for _ in range(2)]
+    file.write_text("another\n")
+    assert keys[0] == keys[1] != audit(model, data={"utility": tmp_path}).key
+
+
+def test_what_takes_longer_is_made_once_and_counts_its_prompts(model):
+    one, made = audit(model), []
+
+    def measured(on):
+        made.append(on.model)
+        return [1, 2, 3]
+
+    assert one.once(one.before, ["it", 1], measured, len) is one.once(one.before, ["it", 1], measured, len)
+    assert made == [model] and (one.outputs.asked, one.outputs.saved) == (6, 3)
+    one.once(one.after, ["it", 1], measured, len)
+    one.once(one.before, ["it", 2], measured, len)
+    assert len(made) == 3
+    store = Outputs()
+    store.take(one.outputs.of(one.before.identity))
+    assert store.get([(*one.before.identity, "it", 1)], lambda some: [None]) == [[1, 2, 3]]
 
 
 def test_a_prompt_that_stands_twice_is_asked_once():

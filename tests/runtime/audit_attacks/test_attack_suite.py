@@ -9,7 +9,8 @@ from mining import check_unchanged, snapshot
 
 from kif_runtime import KifError
 from kif_runtime.evaluation.attacks import run
-from kif_runtime.evaluation.audit import Audit, Subject, bare
+from kif_runtime.evaluation.audit import Audit, Subject
+from kif_runtime.evaluation.states import bare
 
 
 def test_a_quick_audit_of_a_model_that_never_saw_the_facts_draws_nothing_out():
@@ -19,6 +20,19 @@ def test_a_quick_audit_of_a_model_that_never_saw_the_facts_draws_nothing_out():
     for row in table["attacks"]:
         assert row["control"]["success"] > 0.2, row["name"]
         assert row["success"] == row["reference"]["success"], row["name"]
+
+
+def test_the_untouched_model_is_attacked_once_for_all_that_was_made_of_it():
+    first, again = (audited(bare(model, "after"), reference=False) for model in (knowing(), refusing()))
+    table = run(first)
+    for row in table["attacks"]:
+        assert row["success"] == row["control"]["success"], row["name"]
+    again.outputs = first.outputs
+    asked, saved = first.outputs.asked, first.outputs.saved
+    other = run(again)
+    assert first.outputs.saved - saved > (first.outputs.asked - asked) / 2  # only the erased model is asked anew
+    assert [row["control"] for row in other["attacks"]] == [row["control"] for row in table["attacks"]]
+    assert [row["success"] for row in other["attacks"]] != [row["success"] for row in table["attacks"]]
 
 
 def audited(after, reference=True, **options):

@@ -10,8 +10,9 @@ from auditing import tokenizer as words
 
 from kif_runtime import KifError
 from kif_runtime.evaluation import rwku, tofu, utility
-from kif_runtime.evaluation.audit import Audit, Subject, bare
+from kif_runtime.evaluation.audit import Audit, Subject
 from kif_runtime.evaluation.facts import Fact
+from kif_runtime.evaluation.states import bare
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 

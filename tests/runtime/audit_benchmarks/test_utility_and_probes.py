@@ -2,14 +2,17 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
-from evaluating import WORDS, tokenizer
+from evaluating import FACTS, WORDS, tokenizer
 
 from kif_runtime import KifError
 from kif_runtime.evaluation import rwku_utility, utility
+from kif_runtime.evaluation.audit import Audit, Subject
 from kif_runtime.evaluation.rwku_probes import Probe, cut, kind_of, prompt, question, recall
+from kif_runtime.evaluation.states import bare
 from kif_runtime.evaluation.utility_tasks import Item, load_items
 
 
@@ -148,7 +151,50 @@ def test_ngram_entropy_by_hand():
     assert rwku_utility.ngram_entropy("one") == 0.0 == rwku_utility.ngram_entropy("x x x x")
 
 
-def test_the_harness_is_asked_for_by_name(monkeypatch):
+TASK = """task: local
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{query}}}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+
+
+def harness_files(folder):
+    """The same questions as a file for this suite, and as a task of the harness."""
+    rng, words = random.Random(3), WORDS[3:]
+
+    def some(count):
+        return " ".join(rng.choices(words, k=count))
+
+    rows = [
+        {"query": some(5), "choices": [some(rng.randint(1, 4)) for _ in range(3)], "gold": rng.randrange(3)}
+        for _ in range(60)
+    ]
+    file = write(folder / "questions.jsonl", *rows)
+    (folder / "task.yaml").write_text(TASK.format(file=file))
+    return folder
+
+
+def test_scores_are_those_of_the_harness(model, tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="lm-evaluation-harness and its own requirements are not installed")
+    pytest.importorskip("lm_eval.evaluator", reason="lm-evaluation-harness is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    files = harness_files(tmp_path)
+    audit = Audit(bare(model), bare(model, "after"), tokenizer(), [Subject("Arland")], FACTS, data={"utility": files})
+    table = utility.run(audit)
+    (own,), (theirs,) = table["tasks"], table["harness"]
+    assert own["questions"] == 60 and 0.1 < own["before"]["accuracy"]["success"] < 0.9
+    for state in ("before", "after"):
+        assert theirs[state]["acc"] == pytest.approx(own[state]["accuracy"]["success"])
+        assert theirs[state]["acc_norm"] == pytest.approx(own[state]["normalised"]["success"])
+
+
+def test_a_task_of_the_harness_needs_the_harness(model, tmp_path, monkeypatch):
     monkeypatch.setattr(utility.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(KifError, match="pip install lm-eval"):
-        utility.harness_tasks(None, None, ["piqa"])
+    data = {"utility": harness_files(tmp_path)}
+    with pytest.raises(KifError, match=r"task.yaml is a task .* pip install lm-eval"):
+        utility.run(Audit(bare(model), bare(model, "after"), tokenizer(), [Subject("Arland")], FACTS, data=data))
