@@ -20,7 +20,7 @@ def test_the_proofs_own_place_is_given_to_no_capsule(service):
     """Else a full server could not prove any more that it suppresses."""
     first, second = CAPSULES["a"], CAPSULES["b"]
     service._change(load=[first])
-    with pytest.raises(BankError, match="room for 1 capsules .*nothing was changed"):
+    with pytest.raises(BankError, match=r"room for 1 capsules .*nothing was changed"):
         service._change(load=[second])
     assert set(service.ledger.current) == {first.id} and len(service.held) == 1
     service._change(unload=[first.id])
