@@ -139,7 +139,8 @@ def main() -> None:
         for limit in (None, args.max_false_fire):
             rows.append(together.measure(mined[:size], limit))
             common.say(f"measured {rows[-1]['subjects']} subjects, max_false_fire {limit}")
-    common.write_json(args.json, {"settings": {k: str(v) for k, v in vars(args).items()}, "rows": rows})
+            show(rows[-1:])  # each may take minutes: what is measured is told
+            common.write_json(args.json, {"settings": {k: str(v) for k, v in vars(args).items()}, "rows": rows})
     show(rows)
 
 
