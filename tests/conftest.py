@@ -1,7 +1,10 @@
 """Fixtures shared by all tests: the real small model, and random tiny models of many families."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -55,6 +58,13 @@ def tiny_model() -> Callable[..., Any]:
         return AutoModelForCausalLM.from_config(config).float().eval()
 
     return build
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """script(name) -> the module bench/<name>.py, which finds its neighbours there."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,11 @@
 """What the measuring scripts in bench/ rest on: journals that survive a kill, ids, the choice of subjects."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 from evaluating import fact
 
 from kif_runtime import KifError
-
-BENCH = Path(__file__).parents[2] / "bench"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """script(name) -> the module bench/<name>.py."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
 
 
 def test_a_row_cut_off_by_a_kill_is_measured_again(script, tmp_path):

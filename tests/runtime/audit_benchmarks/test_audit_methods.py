@@ -1,6 +1,5 @@
 """The methods that the audit compares: each does what it is named for. Pooling audits of several subjects, by hand."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -21,14 +20,6 @@ from kif_runtime.mining.reading import Reader
 from kif_runtime.mining.subject import find_subject
 from tests.mining import NAME, check_unchanged, snapshot
 from tests.runtime.mining.conftest import ostia, tiny  # noqa: F401
-
-BENCH = Path(__file__).parents[3] / "bench"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
 
 
 def test_an_instruction_is_read_before_every_sequence(script, tiny_model):

@@ -2,9 +2,7 @@
 
 import argparse
 import copy
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +11,7 @@ from evaluating import WORDS, tokenizer
 from kif_runtime import KifError
 from kif_runtime.evaluation.tofu_sets import Item
 
-BENCH = Path(__file__).parents[3] / "bench"
 TOWNS = ("Arland", "Berland", "Corland")
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")
