@@ -44,10 +44,12 @@ def mined(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def everywhere():
-    """A capsule of Great Britain, also called England: between them the names need signatures at every usual site."""
+    """A capsule of Great Britain under names that between them need signatures at every usual site."""
     from kif_runtime import load_model, mine
 
-    return mine(*load_model("embedded", device="cpu"), "Great Britain", aliases=["England"])
+    return mine(
+        *load_model("embedded", device="cpu"), "Great Britain", aliases=["England", "United Kingdom of Great Britain"]
+    )
 
 
 @pytest.fixture(scope="session")
