@@ -1,8 +1,9 @@
-"""Negatives beyond the control texts: every token of the vocabulary in a strange place, and text of the user's own.
+"""Negatives beyond the control texts: tokens of the vocabulary in strange places, and running text.
 
 Control texts hold few of a model's tokens, and a token that no detector has met may score anything. So each is met
-once, in a passage, in the place of another. Own text goes further: thresholds that hold on one kind of text may not on
-another, and the best to set them on is what the model will be asked.
+once, in a passage, in the place of another. Running text goes further, with names in it that nobody has heard of: what
+ships was written by a model. Thresholds that hold on one kind of text may not on another, and the best to set them on
+is what the model will be asked: text of the user's own.
 """
 
 import random
@@ -20,7 +21,7 @@ from .reading import Reader, normalised
 # Of a larger vocabulary so many tokens are taken at random.
 MOST_TOKENS = 24_000
 _ROW, _BETWEEN = 96, 3  # tokens of a row, and from one strange token to the next
-OWN_ROW = 128
+LONGEST_ROW = 128
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Rows:
     ids: tuple[tuple[int, ...], ...]
     places: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
+
+    def __add__(self, other: "Rows") -> "Rows":
+        return Rows(self.ids + other.ids, self.places + other.places, self.texts + other.texts)
 
 
 def strange_rows(tokenizer: Any, passages: Sequence[str]) -> Rows:
@@ -55,12 +59,12 @@ def strange_rows(tokenizer: Any, passages: Sequence[str]) -> Rows:
     return Rows(tuple(ids), tuple(places), tuple(texts))
 
 
-def own_rows(tokenizer: Any, passages: Sequence[str]) -> Rows:
-    """All tokens of `passages`, in rows of at most OWN_ROW. A row says what its whole passage does."""
+def text_rows(tokenizer: Any, passages: Sequence[str]) -> Rows:
+    """All tokens of `passages`, in rows of at most LONGEST_ROW. A row says what its whole passage does."""
     lead = tokenizer("", add_special_tokens=True)["input_ids"]
     ids, texts = [], []
     for passage in passages:
-        for piece in _pieces(tokenizer(passage, add_special_tokens=False)["input_ids"], OWN_ROW):
+        for piece in _pieces(tokenizer(passage, add_special_tokens=False)["input_ids"], LONGEST_ROW):
             ids.append((*lead, *piece))
             texts.append(passage)
     return Rows(tuple(ids), tuple(tuple(range(len(lead), len(row))) for row in ids), tuple(texts))

@@ -1,6 +1,7 @@
 """The texts that mining reads a model with: entities of many kinds, sentence templates, general passages.
 
-All of it ships with the package (`data/`), was written for it, and is hashed into every capsule's provenance.
+All of it ships with the package (`data/`), was written for it (`written.txt` by the embedded model, see
+`bench/passages.py`), and is hashed into every capsule's provenance.
 """
 
 import hashlib
@@ -10,11 +11,13 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.resources import files
+from pathlib import Path
 
 from ..errors import MiningError
 
 ANY = "any"
+DATA = Path(__file__).parent / "data"
+WRITTEN = DATA / "written.txt"
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,12 @@ class Entity:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Entities, templates with one `{}` by kind (and `any`), and general passages."""
+    """Entities, templates with one `{}` by kind (and `any`), general passages, and many more that a model wrote."""
 
     entities: tuple[Entity, ...]
     templates: dict[str, tuple[str, ...]]
     passages: tuple[str, ...]
+    written: tuple[str, ...]
     digest: str
 
     @property
@@ -43,8 +47,9 @@ class Corpus:
 @cache
 def corpus() -> Corpus:
     """The corpus that ships with the package."""
-    folder = files(__package__) / "data"
-    raw = {name: (folder / name).read_bytes() for name in ("entities.json", "templates.json", "general.txt")}
+    raw = {
+        name: (DATA / name).read_bytes() for name in ("entities.json", "templates.json", "general.txt", WRITTEN.name)
+    }
     entities = tuple(
         Entity(name, kind, group)
         for kind, groups in json.loads(raw["entities.json"]).items()
@@ -52,9 +57,11 @@ def corpus() -> Corpus:
         for name in names
     )
     templates = {kind: tuple(lines) for kind, lines in json.loads(raw["templates.json"]).items()}
-    passages = tuple(p for p in raw["general.txt"].decode().split("\n\n") if p.strip())
+    passages, written = (
+        tuple(p for p in raw[name].decode().split("\n\n") if p.strip()) for name in ("general.txt", WRITTEN.name)
+    )
     digest = hashlib.sha256(b"\0".join(raw.values())).hexdigest()
-    return Corpus(entities, templates, passages, digest)
+    return Corpus(entities, templates, passages, written, digest)
 
 
 def checked_templates(templates: Sequence[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from ..errors import MiningError
 from ..files import reason, shown, sync_folder
 from ..fingerprint import adapter_fingerprint, fingerprint
 from ..models import cache_folder
-from .background import Rows, own_rows, strange_rows, widened
+from .background import Rows, strange_rows, text_rows, widened
 from .control import (
     OPENING_SITE,
     RECIPE,
@@ -69,7 +69,7 @@ _loaded: dict[tuple[Path, str], Control] = {}
 
 
 def _own(tokenizer: Any, passages: Sequence[str]) -> Rows:
-    rows = own_rows(tokenizer, [p for p in passages if p.strip()])
+    rows = text_rows(tokenizer, [p for p in passages if p.strip()])
     if not rows.ids:
         raise MiningError("the text of your own is empty; give some, or none")
     return rows
@@ -81,7 +81,8 @@ def _kept(path: Path, reader: Reader, site: int, digest: str, steps: int, tell: 
     if control is None:
         _check_writable(path)
         control = read_control(reader, site, digest, steps, tell)
-        control = widened(control, reader, strange_rows(reader.tokenizer, corpus().passages), tell)
+        rows = strange_rows(reader.tokenizer, corpus().passages) + text_rows(reader.tokenizer, corpus().written)
+        control = widened(control, reader, rows, tell)
         _write(path, control)
     shipped = shipped_neutral(digest, site)
     return control if shipped is None else replace(control, neutral=shipped)  # it may be newer than the cache

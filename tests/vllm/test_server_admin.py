@@ -108,6 +108,12 @@ def loaded(server):
     return {c["id"] for c in server.get("/kif/capsules", ADMIN)[1]["capsules"]}
 
 
+def running(server):
+    """How many requests the engine is at work on."""
+    lines = server.get("/metrics")[1].splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
+
+
 def until(condition, seconds=10.0):
     end = time.monotonic() + seconds
     while not condition():
@@ -144,7 +150,7 @@ def test_a_mandatory_capsule_taken_out_aborts_who_was_frozen_with_it_unless_told
     for name, flag in (("aborted", ""), ("finished", "?in_flight=finish")):
         thread = threading.Thread(target=ask, args=(name,))
         thread.start()
-        time.sleep(0.5)
+        until(lambda: running(server) == 1)
         assert server.call("DELETE", f"/kif/capsules/france{flag}", key=ADMIN)[0] == 200
         thread.join()
         assert "Paris" in server.text(FRANCE)

@@ -18,7 +18,8 @@ def small_corpus() -> Corpus:
     full = corpus()
     entities = [[e for e in full.entities if e.kind == kind][:30] for kind in KINDS]
     templates = {kind: full.templates[kind] for kind in (ANY, *KINDS)}
-    return Corpus(tuple(e for some in entities for e in some), templates, full.passages[:10], "0" * 64)
+    chosen = tuple(e for some in entities for e in some)
+    return Corpus(chosen, templates, full.passages[:10], full.written[:10], "0" * 64)
 
 
 def byte_level_tokenizer() -> PreTrainedTokenizerFast:

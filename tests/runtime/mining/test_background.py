@@ -1,11 +1,14 @@
-"""Negatives beyond the control texts: strange tokens, and text of the user's own."""
+"""Negatives beyond the control texts: strange tokens, what a model wrote, and text of the user's own."""
+
+import re
 
 import pytest
 import torch
 
 from kif_runtime import MiningError, mine
 from kif_runtime.mining import prepare
-from kif_runtime.mining.background import own_rows, strange_rows
+from kif_runtime.mining.background import strange_rows, text_rows
+from kif_runtime.mining.corpus import corpus
 from kif_runtime.mining.reading import normalised
 from tests.mining import DAY, NAME, states
 
@@ -46,6 +49,26 @@ def test_a_name_of_one_token_is_no_negative_of_itself(tiny):
     assert silent.float().mean() > 0.5
 
 
+def test_what_a_model_wrote_is_among_the_negatives_at_every_site(tiny):
+    control = prepare(tiny.model, tiny.tokenizer)
+    rows = text_rows(tiny.tokenizer, tiny.corpus.written)
+    first = len(control.texts) - len(rows.ids)
+    assert set(rows.texts) == set(tiny.corpus.written) and control.texts[first:] == rows.texts
+    for number in (0, len(rows.ids) - 1):
+        with torch.no_grad():
+            hidden = tiny.model(torch.tensor([rows.ids[number]]), output_hidden_states=True).hidden_states
+        expected = normalised(hidden[control.site + 1][0])[list(rows.places[number])]
+        got = control.states[control.text == first + number].float()
+        torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+    for level in (control.opening, control.early):
+        assert (level.text >= first).any()
+
+
+def test_what_ships_is_long_and_free_of_addresses():
+    assert len(corpus().written) > 1000 and len(set(corpus().written)) == len(corpus().written)
+    assert not any(re.search(r"https?:|www\.|\w@\w|\d{3}-\d{3}", text) for text in corpus().written)
+
+
 def test_own_text_joins_the_negatives_and_is_not_kept(tiny):
     before = [(path, path.read_bytes()) for path in sorted(tiny.cache.rglob("*")) if path.is_file()]
     control = prepare(tiny.model, tiny.tokenizer)
@@ -61,7 +84,7 @@ def test_own_text_joins_the_negatives_and_is_not_kept(tiny):
 
 
 def test_a_long_passage_is_read_in_rows(tiny):
-    rows = own_rows(tiny.tokenizer, [" ".join(OWN * 20)])
+    rows = text_rows(tiny.tokenizer, [" ".join(OWN * 20)])
     ids = tiny.tokenizer(" ".join(OWN * 20)).input_ids
     assert len(rows.ids) > 1 and [t for row in rows.ids for t in row] == ids
 
