@@ -47,7 +47,7 @@ def main() -> None:
     found = []
     for start in track(range(0, len(given), BATCH), "writing"):
         found += written(model, tokenizer, given[start : start + BATCH], args.tokens)
-    args.out.write_text("\n\n".join(dict.fromkeys(found)) + "\n")
+    args.out.write_text("\n\n".join(dict.fromkeys(found)) + "\n", encoding="utf-8")
     print(f"{len(found)} of {len(given)} passages kept in {args.out}")
 
 

@@ -4,14 +4,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from . import neutral as neutral_
-from .corpus import ANY, Corpus, Entity, corpus, mentions
+from .corpus import ANY, DATA, Corpus, Entity, corpus, mentions
 from .kinds import Kinds, learn_kinds
 from .reading import Prompt, Reader, normalised
 from .repeated import repeated
@@ -24,7 +23,7 @@ RECIPE = 9  # raise it when what is cached changes meaning
 _TWICE = 4  # every so many entities are read in a text that names them twice, too
 
 # The embedded model's neutral direction ships, since learning it well takes long; `bench/neutral.py` makes it anew.
-SHIPPED = Path(__file__).parent / "data" / "neutral.safetensors"
+SHIPPED = DATA / "neutral.safetensors"
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,8 @@ class Corpus:
 @cache
 def corpus() -> Corpus:
     """The corpus that ships with the package."""
-    raw = {
-        name: (DATA / name).read_bytes() for name in ("entities.json", "templates.json", "general.txt", WRITTEN.name)
-    }
+    files = ("entities.json", "templates.json", "general.txt", WRITTEN.name)
+    raw = {name: (DATA / name).read_bytes() for name in files}
     entities = tuple(
         Entity(name, kind, group)
         for kind, groups in json.loads(raw["entities.json"]).items()
