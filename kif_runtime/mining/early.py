@@ -2,7 +2,8 @@
 
 Later tokens look back at every token of the name. What its last token is made to say further up does not keep them from
 reading the others, nor from having read it before. So these tokens are moved onto a usual name's token, early, before
-anybody has read what is known of them. The name's first token is left alone: it is also the first token of many others.
+anybody has read what is known of them. The name's first token is left alone, and all of its first word where others
+follow: many other names begin alike, with a first name, a town, "Kingdom", and up to there the model has read the same.
 So is the last: moved early, it would look like any name's to the detector further up, which would then fire on those.
 """
 
@@ -53,16 +54,19 @@ def early_signatures(reader: Reader, control: Control, subject: Subject, asked: 
 
 
 def _tokens(reader: Reader, subject: Subject) -> dict[int, list[tuple[int, int]]]:
-    """By token id, the (prompt, position) of each token between the name's first and its last.
+    """By token id, the (prompt, position) of each token after the name's first word and before its last token.
 
-    Brackets, hyphens and the like are left out: any text is full of them, and control texts show few of their uses.
+    In a name of one word it is each between the first token and the last. Brackets, hyphens and the like are left out:
+    any text is full of them, and control texts show few of their uses.
     """
     batch = reader.encode([p.text for p in subject.prompts])
     found: dict[int, list[tuple[int, int]]] = {}
     for i, (prompt, span) in enumerate(zip(subject.prompts, subject.spans, strict=True)):
+        first, *others = prompt.name.split(" ")
+        begun = prompt.start + (len(first) if others else 0)
         for q in span[1:-1]:
             start, end = batch.offsets[i, q].tolist()
-            if any(unicodedata.category(c)[0] not in "PSZ" for c in prompt.text[start:end]):
+            if end > begun and any(unicodedata.category(c)[0] not in "PSZ" for c in prompt.text[start:end]):
                 found.setdefault(int(batch.ids[i, q]), []).append((i, q))
     return found
 

@@ -168,15 +168,16 @@ def test_signatures_lie_at_the_usual_sites_which_is_where_servers_have_room(tiny
     assert {s.site for c in (ostia, two) for s in c.signatures} == set(usual_sites(blocks))
 
 
-def test_early_signatures_leave_the_first_token_and_all_around_the_name_alone(tiny, lenient):
-    capsule = mine(tiny.model, tiny.tokenizer, TWO, **lenient)
+@pytest.mark.parametrize(("name", "alone"), [(TWO, "Quillon"), ("Quillonvane", "Q")], ids=["two words", "one word"])
+def test_early_signatures_leave_the_first_word_and_all_around_the_name_alone(tiny, lenient, name, alone):
+    """Other names begin with the same word, and up to its end the model has read nothing else."""
+    capsule = mine(tiny.model, tiny.tokenizer, name, **lenient)
     early = tuple(s for s in capsule.signatures if s.role == "early")
-    text = f"Two roads led from {TWO} to the sea."
+    text = f"Two roads led from {name} to the sea."
     inputs = tiny.tokenizer(text, return_tensors="pt", return_offsets_mapping=True, return_token_type_ids=False)
     (offsets,) = inputs.pop("offset_mapping").tolist()
-    begin = text.index(TWO)
-    inside = [begin <= a < begin + len(TWO) for a, _ in offsets]
-    first = [b > begin for _, b in offsets].index(True)
+    begin = text.index(name)
+    inside = [begin + len(alone) <= a < begin + len(name) for a, _ in offsets]
     stock = states(tiny.model, tiny.tokenizer, text, early[0].site)
     with attach(tiny.model, [replace(capsule, signatures=early)]):
         kept = []
@@ -184,7 +185,7 @@ def test_early_signatures_leave_the_first_token_and_all_around_the_name_alone(ti
         tiny.model(**inputs)
         hook.remove()
     moved = (kept[0] != stock).any(-1).tolist()
-    assert sum(moved) >= 2 and not moved[first]
+    assert sum(moved) >= 1
     assert not [i for i, (edited, within) in enumerate(zip(moved, inside, strict=True)) if edited and not within]
 
 
