@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from kif_runtime.errors import KifError, one_line
 
-from .commands import bake, bench, demo, evaluate, generate, mine, retire, serve, show, trace, validate
+from .commands import bake, bench, demo, evaluate, generate, mine, retire, serve, show, sites, trace, validate
 
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -85,6 +85,7 @@ def kif(
 
 app.command("demo")(demo.demo)
 app.command("mine")(mine.mine)
+app.command("sites")(sites.sites)
 app.command("show")(show.show)
 app.command("validate")(validate.validate)
 app.command("generate")(generate.generate)

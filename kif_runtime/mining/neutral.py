@@ -20,7 +20,8 @@ from .corpus import Corpus, Entity
 from .reading import Batch, Edit, Prompt, Reader
 
 TEMPLATES, NAMES = 18, 12  # reference templates and entities of each kind
-LEARNED = 12  # of the templates, the shortest, are what the direction is learned on
+LEARNED = range(12)  # of the templates, the shortest: what the direction is learned on
+HELD_OUT = range(12, TEMPLATES)
 BUCKETS = 512
 _BYSTANDERS = ("{} and {}. ", "Unlike {}, ", "We talked about {}. ", "{}, ")
 
@@ -110,7 +111,9 @@ def spread(entities: Sequence[Entity], count: int, rng: random.Random) -> list[E
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
+    """A prompt, its listed tokens [K], what should be answered over these and the rest [K + 1], its share of draws."""
+
     prompt: Prompt
     tokens: Tensor
     goal: Tensor
@@ -150,26 +153,32 @@ def learn(
     return vector.detach()
 
 
-def _items(known: dict[str, References]) -> list[_Item]:
+def _items(known: dict[str, References]) -> list[Item]:
     """Every (template, entity), weighted by how far the model's answer is from the prior: that is what must go."""
     made = []
     for reference in known.values():
-        for t, template in enumerate(reference.templates[:LEARNED]):
+        for t in LEARNED:
             for n, name in enumerate(reference.names):
                 prior = reference.prior(t, int(reference.answers[t, n]), without=[n])
                 far = divergence(prior[None], reference.probs[t, n : n + 1].clamp_min(1e-9).log())
-                made.append(_Item(Prompt.of(template, name), reference.tokens[t], prior, min(float(far), 2.0) + 0.05))
+                made.append(
+                    Item(
+                        Prompt.of(reference.templates[t], name), reference.tokens[t], prior, min(float(far), 2.0) + 0.05
+                    )
+                )
     return made
 
 
 @torch.no_grad()
-def bystander_items(reader: Reader, known: dict[str, References], count: int, rng: random.Random) -> list[_Item]:
+def bystander_items(
+    reader: Reader, known: dict[str, References], count: int, rng: random.Random, templates: Sequence[int] = LEARNED
+) -> list[Item]:
     """Texts that name one entity and ask about another, whose answer must stay."""
     names = [n for r in known.values() for n in r.names]
     made = []
     for index in range(count):
         reference = rng.choice(list(known.values()))
-        t, n = rng.randrange(LEARNED), rng.randrange(len(reference.names))
+        t, n = rng.choice(templates), rng.randrange(len(reference.names))
         aside = rng.choice([x for x in names if x != reference.names[n]])
         lead = _BYSTANDERS[index % len(_BYSTANDERS)].replace("{}", aside, 1).replace("{}", reference.names[n], 1)
         text = lead + reference.templates[t].replace("{}", reference.names[n])
@@ -179,11 +188,11 @@ def bystander_items(reader: Reader, known: dict[str, References], count: int, rn
         chunk = made[i : i + 32]
         tokens = torch.stack([t for _, t in chunk])
         goals = bucketed(reader.next_token(reader.encode([p.text for p, _ in chunk])), tokens).exp()
-        out += [_Item(p, t, g, 1.0) for (p, t), g in zip(chunk, goals, strict=True)]
+        out += [Item(p, t, g, 1.0) for (p, t), g in zip(chunk, goals, strict=True)]
     return out
 
 
-def mean_loss(reader: Reader, site: int, items: Sequence[_Item], vector: Tensor, suffixes: Sequence[int]) -> Tensor:
+def mean_loss(reader: Reader, site: int, items: Sequence[Item], vector: Tensor, suffixes: Sequence[int]) -> Tensor:
     """Mean divergence, in nats, from what each item should answer, when the last `suffixes[i]` tokens of its name carry
     `vector` at the site; differentiable in `vector` [D]."""
     batch: Batch = reader.encode([i.prompt.text for i in items])

@@ -17,8 +17,9 @@ from kif_runtime.capsule import opaque_id, slug
 
 @pytest.fixture
 def mining(monkeypatch, capsule):
-    """Replaces kif_runtime.mining; `asked` collects the keywords that the command passes on."""
-    asked = []
+    """Replaces kif_runtime.mining; `asked` and `prepared` collect the keywords that the command passes on."""
+    asked: list[dict] = []
+    prepared: list[dict] = []
 
     def mine(model, tokenizer, name, *, progress=None, **options):
         asked.append({"name": name} | options)
@@ -35,8 +36,9 @@ def mining(monkeypatch, capsule):
         return SimpleNamespace(done=[1], skipped=[2], failed=[(3, "the name is empty")])
 
     stand_in = SimpleNamespace(
-        mine=mine, mine_batch=mine_batch, prepare=lambda *args, **options: None, asked=asked, interrupt=False
-    )
+        mine=mine, mine_batch=mine_batch, asked=asked, interrupt=False, prepared=prepared,
+        prepare=lambda model, tokenizer, **options: prepared.append(options),
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "kif_runtime.mining", stand_in)
     return stand_in
 
@@ -51,6 +53,12 @@ def test_the_capsule_is_written_and_told_of(kif, tiny, mining, tmp_path):
     assert "reading controls: 1 of 2" in result.stderr  # a plain line: this is no terminal
     (asked,) = mining.asked
     assert asked["aliases"] == ("Nippon",) and asked["kind"] == "place" and asked["method"] == "fisher"
+
+
+def test_the_site_asked_for_is_prepared_and_mined_at(kif, tiny, mining, tmp_path):
+    assert kif("mine", "Japan", "-m", tiny.folder, "-o", tmp_path, "--site", "2").exit_code == 0
+    assert kif("mine", "Japan", "-m", tiny.folder, "-o", tmp_path).exit_code == 0
+    assert [asked["site"] for asked in mining.asked] == [asked["site"] for asked in mining.prepared] == [2, None]
 
 
 def test_an_adapter_is_put_on_and_mined_under(kif, tiny, mining, tmp_path):

@@ -54,6 +54,10 @@ def mine(
         Path | None,
         typer.Option(metavar="FILE", help="Text of your own where it must not fire, such as what the model is asked."),
     ] = None,
+    site: Annotated[
+        int | None,
+        typer.Option(metavar="L", help="The block to work at (`kif sites`); a tenth of the way up."),
+    ] = None,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
@@ -70,6 +74,7 @@ def mine(
         raise KifError("a --private capsule holds no name; leave out --private or --with-name")
     wanted: dict[str, Any] = {"method": method, "false_positive_rate": false_positive_rate}
     wanted |= {"kind": kind, "private": private, "keep_name": with_name, "adapted": adapter is not None}
+    wanted |= {"site": site}
     wanted |= {"prompts": outputs.read_lines(prompts, "prompts")} if prompts else {}
     wanted |= {"controls": outputs.read_lines(controls, "controls")} if controls else {}
     wanted |= {"passages": outputs.read_lines(text, "text")} if text else {}
@@ -127,7 +132,8 @@ def _mine_one(
 
         with progress() as report:
             # once per model and adapter, and not part of the seconds
-            prepare(loaded, tokenizer, adapted=wanted["adapted"], passages=wanted.get("passages", ()), progress=report)
+            once = {key: wanted[key] for key in ("site", "adapted", "passages") if key in wanted}
+            prepare(loaded, tokenizer, progress=report, **once)
             begun = time.perf_counter()
             capsule = find(loaded, tokenizer, name, progress=report, **wanted)
         return capsule, time.perf_counter() - begun

@@ -38,7 +38,7 @@ def tiny(tiny_model, tmp_path_factory):
     """A prepared model, its tokenizer, the cache folder; `fresh(**config changes)` gives another model."""
     patch = pytest.MonkeyPatch()
     data = small_corpus()
-    for module in ("api", "control", "kinds", "paper", "preparing", "subject"):
+    for module in ("api", "control", "kinds", "paper", "preparing", "sites", "subject"):
         patch.setattr(sys.modules[f"kif_runtime.mining.{module}"], "corpus", lambda: data)
     patch.setitem(prepare.__kwdefaults__, "steps", 2)
     patch.setattr("kif_runtime.mining.neutral.NAMES", 4)
