@@ -83,7 +83,7 @@ def validate_sites(
         raise MiningError(f"{steps} steps are not possible; ask for 1 or more")
     tell, total = progress or (lambda done, total, what: None), len(chosen) * steps
     with undisturbed(model):
-        held = _read(reader, corpus(), random.Random(seed))
+        held = _read(reader, corpus(), random.Random(seed), tell)
         done = itertools.count(1)
         for site in chosen:
             yield _score(reader, held, site, steps, seed, lambda _: tell(next(done), total, "validating sites"))
@@ -101,8 +101,11 @@ class _Held:
     others: list[Prompt]
 
 
-def _read(reader: Reader, data: Corpus, rng: random.Random) -> _Held:
-    known = {kind: neutral.references(reader, data, kind, rng) for kind in data.kinds}
+def _read(reader: Reader, data: Corpus, rng: random.Random, tell: Progress) -> _Held:
+    known: dict[str, References] = {}
+    for kind in data.kinds:
+        tell(len(known), len(data.kinds), "reading reference answers")
+        known[kind] = neutral.references(reader, data, kind, rng)
     asked: list[Item] = []
     before: list[Tensor] = []
     for kind, about in known.items():
@@ -112,6 +115,7 @@ def _read(reader: Reader, data: Corpus, rng: random.Random) -> _Held:
         before.append(far[far > FAR])
     if not asked:
         raise MiningError("the model answers alike whichever name is in the prompt; no site can be told from another")
+    tell(len(known), len(data.kinds), "reading reference answers")
     aside = neutral.bystander_items(reader, known, BYSTANDERS, rng, templates=neutral.HELD_OUT)
     subjects = rng.sample(data.entities, KNOWN)
     return _Held(known, asked, aside, float(torch.cat(before).mean()), *_mentions(data, subjects))

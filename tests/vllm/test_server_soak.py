@@ -2,12 +2,13 @@
 
 import os
 import random
+import statistics
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from servers import ADMIN
+from servers import ADMIN, OWNER
 
 pytestmark = pytest.mark.slow
 
@@ -47,18 +48,23 @@ def hits(server):
 
 
 def test_nothing_leaks_nothing_fails_and_memory_stays_while_capsules_come_and_go(server):
-    wrong, refused, done, stop = [], [], [], threading.Event()
+    wrong, refused, done, live, stop = [], [], [], [], threading.Event()
 
     def churn():
-        """Mexico comes and goes; nobody has asked for it, so nobody may notice."""
+        """Mexico comes and goes; nobody else has asked for it, so nobody may notice."""
         while not stop.wait(0.5):
             status, answer = server.call("DELETE", "/kif/capsules/mexico", key=ADMIN)
             if status != 200:
                 refused.append((status, answer))
             stop.wait(0.5)
+            called = time.monotonic()
             status, answer = server.call("POST", "/kif/capsules", {"file": "mexico.kif.safetensors"}, ADMIN)
             if status != 200:
                 refused.append((status, answer))
+            status, answer = server.complete("The official language of Mexico is", ["mexico"], OWNER, max_tokens=1)
+            live.append(time.monotonic() - called)
+            if status != 200 or "Spanish" in answer["choices"][0]["text"]:
+                wrong.append((status, answer))
 
     def ask(seed):
         rng = random.Random(seed)
@@ -87,6 +93,7 @@ def test_nothing_leaks_nothing_fails_and_memory_stays_while_capsules_come_and_go
     status = server.get("/kif/capsules", ADMIN)[1]
     print(
         f"{len(done)} requests in {time.monotonic() - start:.0f} s, cache hit rate {rate:.3f}, "
+        f"{len(live)} loads, from call to first token {statistics.median(live):.2f} s (at most {max(live):.2f}), "
         f"memory {before / 2**20:.0f} to {after / 2**20:.0f} MiB, generation {status['generation']}"
     )
     assert not wrong, wrong[:3]
