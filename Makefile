@@ -57,7 +57,7 @@ soak: $(VLLM_READY)
 check: $(DEV_READY)
 	$(PY) -m ruff check
 	$(PY) -m mypy
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n auto
 
 bench: $(DEV_READY)
 	$(PY) -m pytest bench $(ARGS)

@@ -24,7 +24,7 @@ DEMO = ["gguf>=0.17", "accelerate>=1.1", *REPORT]  # what transformers needs to 
 BENCH = ["pytest>=8", "pytest-benchmark>=5", "concept-erasure>=0.2.4"]  # the last: LEACE, by its authors
 # torch brings triton only where it brings CUDA; its interpreter and its compilers need no GPU
 ROUGE = ["rouge>=1.0", "rouge-score>=0.1.2"]  # what ROUGE-L is compared with
-TEST = ["hypothesis>=6.100", "jsonschema>=4.20", "triton>=3.5; sys_platform == 'linux'", *ROUGE]
+TEST = ["hypothesis>=6.100", "pytest-xdist>=3.6", "jsonschema>=4.20", "triton>=3.5; sys_platform == 'linux'", *ROUGE]
 
 setup(
     name="kif-runtime",

@@ -156,7 +156,7 @@ def _settings(chosen: Objective, capsules: Sequence[Capsule], blocks: int, chang
     last = max(s.site for c in capsules for s in c.signatures)
     proposed = chosen.settings(last, blocks)
     if chosen.name == DEFAULT and "rank" not in changes:
-        rank = max(proposed.rank, *Counter(site for c in capsules for site in {s.site for s in c.signatures}).values())
+        rank = max(proposed.rank, *Counter(s.site for c in capsules for s in c.signatures).values())
         proposed = dataclasses.replace(proposed, rank=rank, alpha=2.0 * rank)
     known = {f.name for f in dataclasses.fields(Settings)}
     if unknown := [name for name in changes if name not in known]:

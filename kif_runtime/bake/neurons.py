@@ -1,14 +1,10 @@
-"""The adapter's start: each capsule compiled into neurons of the gated MLP, one at each of its sites.
+"""The adapter's start: each signature of the capsules compiled into a neuron of the gated MLP at its site.
 
 A neuron of a gated MLP is act(g·x)·(u·x)·d. Its gate is a detector, its output a direction that is added to the
-residual stream: all that a capsule's signatures do at a site. So the neuron that matters least is taken, and the
-low-rank update that turns it into the capsule's is written down, with no training: one rank in gate, up and down each.
-g is a linear support vector machine on the MLP's inputs, tokens where the capsule fires against all others; u evens
-out how strongly g·x answers; d is what the teacher adds at the capsule's last site.
-
-Every neuron taken is missed by all other text, and nothing that is left can stand in for it, so they are few: tokens
-that an earlier site has moved need no second neuron, and signatures of one capsule at one site share theirs, which at
-once adds what the last site would.
+residual stream: all that a signature does. So the neuron that matters least is taken, and the low-rank update that
+turns it into the signature's is written down, with no training: one rank in gate, up and down each. g is a linear
+support vector machine on the MLP's inputs, tokens where the signature fires against all others; u evens out how
+strongly g·x answers; d is what the teacher adds there.
 
 Sources: MLPs as key-value memories, Geva et al., arXiv 2012.14913; the machine's training, Chapelle, Neural Computation
 19 (2007), §3 (squared hinge loss by Newton's method); writing an edit as a rank-one update of an MLP as in ROME,
@@ -40,13 +36,11 @@ _ELSEWHERE = 0.1  # weight of tokens where it does not fire, in what evens out
 @dataclass(frozen=True)
 class Tokens:
     """All tokens of all texts at one site. inputs [N, D]: of the block's MLP. missing [N, D]: what the teacher adds to
-    the block's output. fires [C, N] bool: where each capsule does. moved [N] bool: where any did at an earlier site.
-    The last three are 0 in retain text."""
+    the block's output. fires [S, N] bool: where each signature of the site does. Both are 0 in retain text."""
 
     inputs: Tensor
     missing: Tensor
     fires: Tensor
-    moved: Tensor
 
 
 def compilable(passes: Passes) -> bool:
@@ -58,10 +52,10 @@ def compilable(passes: Passes) -> bool:
 def compile_capsules(
     passes: Passes, forget: Sequence[Example], retain: Sequence[Example], taken: Mapping[int, Tensor] | None = None
 ) -> int:
-    """Write a neuron for every capsule at every site where it fires in the forget text into the adapter, a fresh LoRA
-    on gate, up and down projections whose rank is at least the number of capsules. Returns how many were written.
+    """Write a neuron for every signature that fires in the forget text into the adapter, a fresh LoRA on gate, up and
+    down projections whose rank is at least the number of signatures at a site. Returns how many were written.
 
-    taken: site → which neurons [F] an earlier adapter has made a capsule's; those stay.
+    taken: site → which neurons [F] an earlier adapter has made a signature's; those stay.
     """
     read = _read(passes, forget, retain)
     written = 0
@@ -69,12 +63,11 @@ def compile_capsules(
         mlp = _mlp(passes, site)
         layers = {name: getattr(mlp, name) for name in (GATE, UP, DOWN)}
         free = _least_used(layers, tokens.inputs, mlp.act_fn, (taken or {}).get(site))
-        inputs, fires = tokens.inputs[~tokens.moved], tokens.fires[:, ~tokens.moved]
-        gram = inputs.T @ inputs
-        firing = fires.any(1).nonzero()[:, 0].tolist()
-        for place, number in enumerate(firing):
-            gate, up = _recognising(inputs, gram, fires[number], mlp.act_fn)
-            _write(layers, place, int(free[place]), gate, up, _added(read, number))
+        gram = tokens.inputs.T @ tokens.inputs
+        firing = tokens.fires[tokens.fires.any(1)]
+        for place, fires in enumerate(firing):
+            gate, up = _recognising(tokens.inputs, gram, fires, mlp.act_fn)
+            _write(layers, place, int(free[place]), gate, up, tokens.missing[fires].mean(0))
         written += len(firing)
     return written
 
@@ -85,12 +78,6 @@ def _recognising(inputs: Tensor, gram: Tensor, fires: Tensor, act: Any) -> tuple
     answer = act(inputs @ gate)
     up = _evening(inputs, answer, fires, gram)
     return gate, up / (answer * (inputs @ up))[fires].mean().clamp_min(0.5)
-
-
-def _added(read: Mapping[int, Tokens], number: int) -> Tensor:
-    """[D]: what the teacher adds, on average, where capsule `number` fires at its last site."""
-    last = [tokens for tokens in read.values() if bool(tokens.fires[number].any())][-1]
-    return last.missing[last.fires[number]].mean(0)
 
 
 def separating(inputs: Tensor, fires: Tensor, gram: Tensor) -> Tensor:
@@ -147,16 +134,14 @@ def _read(passes: Passes, forget: Sequence[Example], retain: Sequence[Example]) 
             real = batch.mask.bool()
             with _capturing(passes) as (inputs, outputs):
                 edited = call(batch, hidden=passes.sites).hidden
-            moved = torch.zeros(int(real.sum()), dtype=torch.bool, device=passes.device)
             for site in passes.sites:
                 was = outputs[site][real].float()
-                fires = _fires(was, [c.by_site(site) for c in passes.capsules]) & (examples is forget)
-                found[site].append(Tokens(inputs[site][real].float(), edited[site][real].float() - was, fires, moved))
-                moved = moved | fires.any(0)
+                fires = _fires(was, [s for c in passes.capsules for s in c.by_site(site)]) & (examples is forget)
+                found[site].append(Tokens(inputs[site][real].float(), edited[site][real].float() - was, fires))
     return {
         site: Tokens(
             torch.cat([t.inputs for t in parts]), torch.cat([t.missing for t in parts]),
-            torch.cat([t.fires for t in parts], 1), torch.cat([t.moved for t in parts]),
+            torch.cat([t.fires for t in parts], 1),
         )
         for site, parts in found.items()
     }  # fmt: skip
@@ -183,13 +168,12 @@ def _capturing(passes: Passes) -> Iterator[tuple[dict[int, Tensor], dict[int, Te
             handle.remove()
 
 
-def _fires(x: Tensor, capsules: Sequence[Sequence[Signature]]) -> Tensor:
-    """[C, N] bool: whether any of each capsule's signatures has its gate at least half open on states x [N, D]."""
+def _fires(x: Tensor, signatures: Sequence[Signature]) -> Tensor:
+    """[S, N] bool: whether each signature's gate is at least half open on states x [N, D]."""
     normal = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    found = torch.zeros(len(capsules), len(x), dtype=torch.bool, device=x.device)
-    for row, signatures in zip(found, capsules, strict=True):
-        for s in signatures:
-            row |= normal @ s.detector.to(x.device) + s.bias.to(x.device) > (s.tau or 0.0)
+    found = torch.zeros(len(signatures), len(x), dtype=torch.bool, device=x.device)
+    for row, s in zip(found, signatures, strict=True):
+        row[:] = normal @ s.detector.to(x.device) + s.bias.to(x.device) > (s.tau or 0.0)
     return found
 
 

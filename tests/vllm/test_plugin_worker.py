@@ -165,6 +165,18 @@ def test_two_versions_of_one_id_serve_side_by_side(worker):
     assert torch.equal(forward(worker, [("new", new_set, 12)], x[12:]), out[12:])
 
 
+def test_a_site_at_which_nobody_in_the_batch_has_a_signature_is_passed_by(worker):
+    x, site = torch.randn(4, D, generator=torch.Generator().manual_seed(0)), worker.sites[SITE]
+    forward(worker, [("r", frozen(()), 4)], x)
+    assert site.seconds == 0
+    site.witness = []  # the proof wants to see every site at work
+    forward(worker, [("r", frozen(()), 4)], x)
+    assert len(site.witness) == 1
+    site.witness, before = None, site.seconds
+    forward(worker, [("r", frozen(()), 2), ("s", frozen(("c",)), 2)], x)
+    assert site.seconds > before
+
+
 def test_a_change_that_does_not_fit_changes_nothing(worker):
     held = set(worker.bank.capsules)
     with pytest.raises(BankError, match="max_capsules"):

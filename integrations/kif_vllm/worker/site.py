@@ -16,16 +16,20 @@ class Site:
     """Site `block`. `batch` says which capsule set each token has; `tensors` are the bank's.
 
     witness: None, or a list to which every call appends (the sum [N, D], what it became [N, D], rows [N]).
+    needed: whether any set of the running batch has a signature here; where none has, there is nothing to look for.
     seconds: time spent here, on the CPU.
     """
 
     def __init__(self, block: int, tensors: SiteTensors, batch: Batch) -> None:
         self.block, self.tensors, self.batch = block, tensors, batch
         self.witness: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self.needed = True
         self.seconds = 0.0
 
     def suppress(self, x: Tensor) -> None:
         """x [N, D], the sum itself: suppress it in place."""
+        if self._skipped():
+            return
         start = time.perf_counter()
         rows, hits = self.batch.of(x.shape[0])
         before = x.clone() if self.witness is not None else x
@@ -45,6 +49,8 @@ class Site:
 
     def after_norm(self, normed: Tensor, residual: Tensor, weight: Tensor, epsilon: float, one_plus: bool) -> None:
         """The exact form: stock vLLM has made both; only tokens that fire are edited, in place, in both."""
+        if self._skipped():
+            return
         start = time.perf_counter()
         rows, hits = self.batch.of(residual.shape[0])
         before = residual.clone() if self.witness is not None else residual
@@ -53,6 +59,9 @@ class Site:
             normed, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits, candidates=found
         )
         self._end(start, before, residual, rows)
+
+    def _skipped(self) -> bool:
+        return not self.needed and self.witness is None
 
     def _end(self, start: float, before: Tensor, after: Tensor, rows: Tensor) -> None:
         self.seconds += time.perf_counter() - start

@@ -46,6 +46,17 @@ class Change:
     drop_bases: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of the bank, -1 for none, and the sites at which its set has signatures."""
+
+    number: int
+    sites: frozenset[int]
+
+
+NO_ROW = Row(-1, frozenset())
+
+
 class Suppression:
     """The bank holds *versions*: a capsule's content under the id `sets.version` gives it, so that two may be there.
 
@@ -62,7 +73,8 @@ class Suppression:
         self.tally = Tally(room.requests, room.capsules, device)
         self.sites: dict[int, Site] = {}
         self._bases: dict[str, tuple[str, ...]] = {"": ()}
-        self._rows: OrderedDict[CapsuleSet, int] = OrderedDict()
+        self._rows: OrderedDict[CapsuleSet, Row] = OrderedDict()
+        self._may_skip = device.type == "cpu"  # on a GPU a graph may be recorded, for other batches than this one
         self._running: list[str] = []
         self._gone: dict[str, int] = {}
 
@@ -89,7 +101,9 @@ class Suppression:
             raise RequestError("a request reached the model without a frozen capsule set; nothing is computed for it")
         needed = dict.fromkeys(sets)
         rows = {chosen: self._row(chosen, needed) for chosen in needed}
-        self.batch.begin([rows[chosen] for chosen in sets], starts, tokens)
+        self.batch.begin([rows[chosen].number for chosen in sets], starts, tokens)
+        for block, site in self.sites.items():
+            site.needed = not self._may_skip or any(block in row.sites for row in rows.values())
         self._running = requests
 
     def end(self) -> None:
@@ -106,7 +120,7 @@ class Suppression:
 
     def row_of(self, chosen: CapsuleSet) -> int:
         """The bank's row of a set that a batch has had lately; -1 for the empty set and for others."""
-        return self._rows.get(chosen, -1)
+        return self._rows.get(chosen, NO_ROW).number
 
     def evidence(self, request: str) -> dict[str, int] | None:
         """Version → tokens on which it fired, of one request."""
@@ -127,14 +141,16 @@ class Suppression:
         gate = sum(site.seconds for site in self.sites.values())
         return self.tally.figures() | {"gate_seconds": gate, "capsules": capsules}
 
-    def _row(self, chosen: CapsuleSet, needed: Container[CapsuleSet]) -> int:
+    def _row(self, chosen: CapsuleSet, needed: Container[CapsuleSet]) -> Row:
         if chosen == NOTHING:
-            return -1
+            return NO_ROW
         if chosen not in self._rows:
             if len(self._rows) >= self.room.sets:
                 oldest = next(other for other in self._rows if other not in needed)
-                self.bank.release(self._rows.pop(oldest))
-            self._rows[chosen] = self.bank.row((*self._bases[chosen.base], *chosen.extra))
+                self.bank.release(self._rows.pop(oldest).number)
+            number = self.bank.row((*self._bases[chosen.base], *chosen.extra))
+            there = (site for site in self.room.sites if bool((self.bank.site(site).sets[number] >= 0).any()))
+            self._rows[chosen] = Row(number, frozenset(there))
         self._rows.move_to_end(chosen)
         return self._rows[chosen]
 
@@ -144,4 +160,4 @@ class Suppression:
         for chosen in list(self._rows):
             versions = (*self._bases[chosen.base], *chosen.extra)
             if chosen.base in bases or dropped.intersection(versions):
-                self.bank.release(self._rows.pop(chosen))
+                self.bank.release(self._rows.pop(chosen).number)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from attacking import FACTS, OTHERS, knowing, never_knew
+from attacking import FACTS, OTHERS, fresh, knowing, never_knew
 from auditing import tokenizer
 
 from kif_runtime import KifError
@@ -45,7 +45,8 @@ def test_an_edit_of_less_than_half_a_step_rounds_away():
 
 
 def test_quantised_changes_linear_layers_of_blocks_and_nothing_else():
-    model, before = knowing(), copy.deepcopy(knowing().state_dict())
+    model = fresh()
+    before = copy.deepcopy(model.state_dict())
     with quantisation.quantised(model, "nf4"):
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
         inside = copy.deepcopy(model.state_dict())
@@ -60,7 +61,7 @@ def test_quantised_changes_linear_layers_of_blocks_and_nothing_else():
 
 def test_an_adapter_is_merged_before_rounding_and_taken_out_again():
     peft = pytest.importorskip("peft")
-    base = copy.deepcopy(knowing())
+    base = fresh()
     bits = {n: v.clone() for n, v in base.state_dict().items()}
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     layer = base.model.layers[0].self_attn.q_proj
@@ -78,7 +79,7 @@ def test_an_adapter_is_merged_before_rounding_and_taken_out_again():
 
 
 def test_edits_come_after_the_block_and_go_with_the_block():
-    model, ids = knowing(), torch.tensor([[3, 4, 5]])
+    model, ids = fresh(), torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         plain = model(ids, output_hidden_states=True)
         with weights.edited(model, {2: lambda hidden: hidden * 0 + 1.0}):
@@ -125,6 +126,7 @@ def removed():
     return site, torch.linalg.svd(torch.cat(rows), full_matrices=False).Vh
 
 
+@pytest.mark.slow  # the tiny models learn their facts first
 def test_what_a_projection_took_away_comes_back_when_it_is_put_back(removed):
     site, basis = removed
     own = restoration.prompt_states(knowing(), tokenizer(), FACTS, [site])
@@ -141,6 +143,7 @@ def test_what_a_projection_took_away_comes_back_when_it_is_put_back(removed):
     assert ignorant.share()["success"] <= 1 / 3
 
 
+@pytest.mark.slow  # the tiny models learn their facts first
 def test_features_that_are_all_put_back_restore_the_state_as_far_as_they_explain_it(removed):
     site, basis = removed
     own = restoration.prompt_states(knowing(), tokenizer(), FACTS, [site])
@@ -164,7 +167,7 @@ def test_the_name_is_found_by_its_letters():
 
 
 def test_candidates_are_those_of_the_logit_lens():
-    model, fact = knowing(), FACTS[0]
+    model, fact = fresh(), FACTS[0]
     ids = torch.tensor([tokenizer()(fact.prompt)["input_ids"]])
     kept = []
     handles = [block.register_forward_hook(lambda m, a, out: kept.append(out)) for block in model.model.layers]

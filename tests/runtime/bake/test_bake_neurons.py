@@ -95,12 +95,16 @@ def written(tiny, data, *signatures):
         return [int((change.abs().amax(1) > 0).sum()) for _, change in sorted(changed, key=lambda c: c[0])]
 
 
-def test_signatures_at_one_site_share_a_neuron(tiny, data):
-    assert written(tiny, data, *tiny.capsule.signatures, *tiny.capsule.signatures) == [0, 1]
+def test_each_signature_is_a_neuron_at_its_site(tiny, data):
+    assert written(tiny, data, *tiny.capsule.signatures, *tiny.capsule.signatures) == [0, 2]
 
 
-def test_a_token_that_an_earlier_site_has_moved_needs_no_second_neuron(tiny, data):
-    assert written(tiny, data, *tiny.early.signatures, *tiny.capsule.signatures) == [1, 0]
+def test_a_signature_that_never_fires_takes_no_neuron(tiny, data):
+    (only,) = tiny.capsule.signatures
+    deaf = dataclasses.replace(only, bias=only.bias - 1e6)
+    assert written(tiny, data, only, deaf) == [0, 1]
+    # the early one moves the very token that the other would have recognised
+    assert written(tiny, data, *tiny.early.signatures, only) == [1, 0]
 
 
 def test_only_gated_mlps_are_compilable(tiny_model, tiny):

@@ -10,10 +10,10 @@ from tests.mining import check_unchanged, snapshot
 @pytest.fixture(scope="module")
 def scores(tiny):
     before, told = snapshot(tiny.model), []
-    found = list(validate_sites(tiny.model, tiny.tokenizer, [0, 1, 3], steps=8, progress=lambda *now: told.append(now)))
+    found = list(validate_sites(tiny.model, tiny.tokenizer, [0, 3], steps=8, progress=lambda *now: told.append(now)))
     check_unchanged(tiny.model, before)
     steps = [(done, total) for done, total, what in told if what == "validating sites"]
-    assert steps == [(done, 24) for done in range(1, 25)]
+    assert steps == [(done, 16) for done in range(1, 17)]
     return {s.site: s for s in found}
 
 
@@ -29,7 +29,7 @@ def test_a_direction_set_below_other_blocks_moves_answers_towards_the_prior_and_
 
 
 def test_names_are_told_apart_where_the_model_reads_them(scores):
-    assert scores[1].recall > 0.5
+    assert scores[0].recall > 0.5
 
 
 def test_the_best_site_loses_least_among_those_that_tell_names_apart():
