@@ -48,7 +48,7 @@ def hits(server):
 
 
 def test_nothing_leaks_nothing_fails_and_memory_stays_while_capsules_come_and_go(server):
-    wrong, refused, done, live, stop = [], [], [], [], threading.Event()
+    wrong, refused, done, live, sizes, stop = [], [], [], [], [], threading.Event()
 
     def churn():
         """Mexico comes and goes; nobody else has asked for it, so nobody may notice."""
@@ -63,6 +63,7 @@ def test_nothing_leaks_nothing_fails_and_memory_stays_while_capsules_come_and_go
                 refused.append((status, answer))
             status, answer = server.complete("The official language of Mexico is", ["mexico"], OWNER, max_tokens=1)
             live.append(time.monotonic() - called)
+            sizes.append(memory(server))
             if status != 200 or "Spanish" in answer["choices"][0]["text"]:
                 wrong.append((status, answer))
 
@@ -94,7 +95,8 @@ def test_nothing_leaks_nothing_fails_and_memory_stays_while_capsules_come_and_go
     print(
         f"{len(done)} requests in {time.monotonic() - start:.0f} s, cache hit rate {rate:.3f}, "
         f"{len(live)} loads, from call to first token {statistics.median(live):.2f} s (at most {max(live):.2f}), "
-        f"memory {before / 2**20:.0f} to {after / 2**20:.0f} MiB, generation {status['generation']}"
+        f"memory {before / 2**20:.0f} to {after / 2**20:.0f} MiB, generation {status['generation']}, memory by quarter "
+        f"{[round(sizes[len(sizes) * i // 4] / 2**20) for i in range(4)]}"
     )
     assert not wrong, wrong[:3]
     assert not refused, refused[:3]
