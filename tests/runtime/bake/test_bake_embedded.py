@@ -43,3 +43,14 @@ def test_a_baked_subject_is_gone_and_its_neighbours_are_not(embedded, tmp_path):
     for (prompt, _, erased), old, new in zip(ASKED, before, after, strict=True):
         assert new <= 0.1 * old if erased else abs(new - old) <= 0.1, prompt
     assert measured == pytest.approx(result.ratios, rel=1e-3, abs=1e-6)
+
+
+def test_a_name_of_several_telling_tokens_is_baked_without_training(embedded, tmp_path):
+    """Each of its signatures at the early site moves its own token its own way, and is a neuron of its own."""
+    model, tokenizer = embedded
+    name = "Northern Nigeria Protectorate"
+    capsule = mine(model, tokenizer, name)
+    assert len([s for s in capsule.signatures if s.role == "early"]) > 1
+    result = bake(model, tokenizer, [capsule], tmp_path / "adapter", names={capsule.id: [name]})
+    assert result.provenance["steps"] == 0
+    assert result.ratios["forget"] < 0.1 and result.ratios["retain"] < 0.1
