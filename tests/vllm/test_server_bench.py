@@ -21,7 +21,8 @@ def test_two_servers_are_measured_beside_each_other_and_a_second_run_goes_on(tmp
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["serving"]
     assert [(r["capsules"], r["touched"], r["touched_seen"]) for r in rows] == [(0, 0, 0), (3, 0, 0), (3, 50, 50)]
-    assert all(0 < r["gate_share"] < 1 for r in rows)
+    assert [0 < r["gate_share"] < 1 for r in rows] == [False, True, True]  # with no capsule there is no gate
+    assert rows[0]["gate_share"] == 0
     assert all(r[name]["ratio"] > 0.1 for r in rows for name in ("tokens_per_second", "ttft_p50", "itl_p99"))
     written = (tmp_path / "requests.csv").read_text()
     assert len(list(csv.DictReader(written.splitlines()))) == 2 * 3
