@@ -152,7 +152,7 @@ def _subject(model: Any, tokenizer: Any, capsule: Capsule, given: Sequence[str])
 
 
 def _settings(chosen: Objective, capsules: Sequence[Capsule], blocks: int, changes: Mapping[str, Any]) -> Settings:
-    """The objective's, with the user's changes; a rank not chosen by the user grows with the number of capsules."""
+    """The objective's, with the user's changes; a rank not chosen by the user grows with the number of signatures."""
     last = max(s.site for c in capsules for s in c.signatures)
     proposed = chosen.settings(last, blocks)
     if chosen.name == DEFAULT and "rank" not in changes:

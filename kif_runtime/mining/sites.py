@@ -7,7 +7,7 @@ same unit; the site with the least of both together is the best, among those whe
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..errors import MiningError
 from . import neutral
 from .control import Progress
 from .corpus import ANY, Corpus, Entity, corpus
-from .detector import fisher
+from .detector import fisher, gram
 from .fisher import ENOUGH_RECALL
 from .neutral import Item, References, bucketed, divergence
 from .reading import Prompt, Reader, normalised, undisturbed
@@ -69,8 +69,8 @@ def best_site(scores: Sequence[SiteScore]) -> SiteScore:
 def validate_sites(
     model: nn.Module, tokenizer: Any, sites: Sequence[int] | None = None, *, steps: int = STEPS, seed: int = 0,
     progress: Progress | None = None,
-) -> Iterator[SiteScore]:  # fmt: skip
-    """Score each of `sites`, by default `candidate_sites`, one after another; each costs `steps` gradient steps.
+) -> list[SiteScore]:  # fmt: skip
+    """Score each of `sites`, by default `candidate_sites`; each costs `steps` gradient steps.
 
     The model is left as it was. Raises MiningError for a site that is no block, ModelError for a model without blocks.
     """
@@ -85,8 +85,10 @@ def validate_sites(
     with undisturbed(model):
         held = _read(reader, corpus(), random.Random(seed), tell)
         done = itertools.count(1)
-        for site in chosen:
-            yield _score(reader, held, site, steps, seed, lambda _: tell(next(done), total, "validating sites"))
+        return [
+            _score(reader, held, site, steps, seed, lambda _: tell(next(done), total, "validating sites"))
+            for site in chosen
+        ]
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _names(reader: Reader, held: _Held, site: int) -> tuple[list[Tensor], Tensor
 def _recall(subjects: list[Tensor], negatives: Tensor) -> float:
     """Every third mention is held out; the threshold is over all negatives."""
     mean = negatives.mean(0)
-    scatter = (negatives - mean).T @ (negatives - mean) / len(negatives)
+    scatter = gram(negatives, mean) / len(negatives)
     hits = []
     for raw in subjects:
         states, out = normalised(raw), torch.arange(len(raw)) % 3 == 2

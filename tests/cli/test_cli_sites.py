@@ -15,8 +15,7 @@ def validating(monkeypatch):
         if sites == [9]:
             raise MiningError("site 9 is not a block of this model; choose 0 to 3")
         progress(1, 2, "validating sites")
-        yield SiteScore(0, 1.0, 0.5, 0.25, 1.0)
-        yield SiteScore(2, 1.0, 0.25, 0.125, 0.98)
+        return [SiteScore(0, 1.0, 0.5, 0.25, 1.0), SiteScore(2, 1.0, 0.25, 0.125, 0.98)]
 
     monkeypatch.setattr(mining, "validate_sites", validate_sites)
     return asked

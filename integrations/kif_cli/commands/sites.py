@@ -37,7 +37,7 @@ def sites(
         from kif_runtime.mining import best_site, validate_sites
 
         with progress() as report:
-            scores = list(validate_sites(loaded, tokenizer, site, steps=steps, progress=report))
+            scores = validate_sites(loaded, tokenizer, site, steps=steps, progress=report)
     except KeyboardInterrupt:
         raise KifError("interrupted; nothing found yet") from None
     best = best_site(scores)

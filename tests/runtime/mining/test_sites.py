@@ -10,7 +10,7 @@ from tests.mining import check_unchanged, snapshot
 @pytest.fixture(scope="module")
 def scores(tiny):
     before, told = snapshot(tiny.model), []
-    found = list(validate_sites(tiny.model, tiny.tokenizer, [0, 3], steps=8, progress=lambda *now: told.append(now)))
+    found = validate_sites(tiny.model, tiny.tokenizer, [0, 3], steps=8, progress=lambda *now: told.append(now))
     check_unchanged(tiny.model, before)
     steps = [(done, total) for done, total, what in told if what == "validating sites"]
     assert steps == [(done, 16) for done in range(1, 17)]
@@ -46,4 +46,4 @@ def test_the_best_site_loses_least_among_those_that_tell_names_apart():
 @pytest.mark.parametrize(("sites", "steps", "told"), [([4], 8, "site 4"), ([-1], 8, "site -1"), ([0], 0, "0 steps")])
 def test_what_cannot_be_tried_is_refused(tiny, sites, steps, told):
     with pytest.raises(MiningError, match=told):
-        next(validate_sites(tiny.model, tiny.tokenizer, sites, steps=steps))
+        validate_sites(tiny.model, tiny.tokenizer, sites, steps=steps)
