@@ -159,6 +159,7 @@ def test_fp32_agrees_with_suppress_on_the_sum(make_site) -> None:
     assert torch.equal(total, x)
 
 
+@pytest.mark.slow
 def test_the_operator_is_registered_soundly_and_graphs_keep_it(make_site) -> None:
     site, rows, weight = make_site(16, 5, SETS, gate="mixed"), torch.zeros(4, dtype=torch.int32), random(16, seed=3)
     hidden, residual, hits = random(4, 16, seed=1), random(4, 16, seed=2), torch.zeros(4, 3, dtype=torch.bool)

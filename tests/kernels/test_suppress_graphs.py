@@ -16,6 +16,7 @@ def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)
 
 
+@pytest.mark.slow
 def test_the_operators_are_registered_soundly(make_site) -> None:
     site = make_site(16, 5, SETS, gate="mixed")
     x, hits = tokens(4, 16), torch.zeros(4, 3, dtype=torch.bool)

@@ -88,6 +88,7 @@ def test_a_table_that_cannot_be_read_is_refused_in_one_line(fresh, tmp_path) -> 
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_tuning_says_so_and_ends_with_2(tmp_path) -> None:
     command = [sys.executable, "-m", "kif_kernels.tune", "-o", str(tmp_path / "x.json")]

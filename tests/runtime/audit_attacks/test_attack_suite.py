@@ -13,6 +13,7 @@ from kif_runtime.evaluation.audit import Audit, Subject
 from kif_runtime.evaluation.states import bare
 
 
+@pytest.mark.slow
 def test_a_quick_audit_of_a_model_that_never_saw_the_facts_draws_nothing_out():
     table = run(audited(bare(never_knew(), "after")))
     json.dumps(table, allow_nan=False)

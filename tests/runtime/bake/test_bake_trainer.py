@@ -56,6 +56,7 @@ def close(a, b, bound):
     return max(float((a[n] - b[n]).abs().max()) for n in a) <= bound
 
 
+@pytest.mark.slow
 def test_training_brings_the_student_to_the_teacher(trainer, tmp_path):
     outcome = trainer(settings=dataclasses.replace(SETTINGS, steps=30, learning_rate=3e-2)).train()
     assert outcome.ratios["forget"] < 0.5 and outcome.ratios["retain"] < 0.2
@@ -113,6 +114,7 @@ class Interrupted(CapsuleObjective):
         return super().loss(step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 4])
 def test_interrupted_and_resumed_is_never_interrupted(trainer, tmp_path, at):
     settings = dataclasses.replace(SETTINGS, checkpoint_every=2)

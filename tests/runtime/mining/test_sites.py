@@ -17,17 +17,20 @@ def scores(tiny):
     return {s.site: s for s in found}
 
 
+@pytest.mark.slow
 def test_nothing_that_is_said_after_the_last_block_reaches_later_tokens(scores):
     assert scores[3].left == pytest.approx(scores[3].before, abs=1e-5)
     assert scores[3].harm == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_direction_set_below_other_blocks_moves_answers_towards_the_prior_and_bystanders_away(scores):
     assert scores[0].before == scores[3].before > 0.15
     assert scores[0].left < scores[0].before - 5e-4  # random weights make little of a name
     assert scores[0].harm > 5e-5
 
 
+@pytest.mark.slow
 def test_names_are_told_apart_where_the_model_reads_them(scores):
     assert scores[0].recall > 0.5
 

@@ -80,6 +80,7 @@ def test_an_active_adapter_does_not_change_what_is_mined(tiny, ostia):
     assert mine(adapted, tiny.tokenizer, NAME, date=DAY).digest == ostia.digest
 
 
+@pytest.mark.slow
 def test_under_an_adapter_the_signature_is_the_one_of_the_merged_model_for_the_model_beneath(tiny, ostia, cache):
     """An adapter of attention alone: what it is merged into has the same fingerprint, the cache tells them apart."""
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)

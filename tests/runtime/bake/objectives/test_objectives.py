@@ -55,6 +55,7 @@ def test_a_step_means_the_same_however_its_rows_are_split(shop):
         assert (halves[0][term] + halves[1][term]).item() / 2 == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gradient-ascent", "gradient-difference", "npo", "undial", "kif-paper", "dpo"])
 def test_the_answer_becomes_unlikely(workshop, name):
     shop = workshop(name)
