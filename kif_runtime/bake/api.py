@@ -29,6 +29,7 @@ from .completions import completed
 from .continuing import Earlier, added, joined
 from .data import Data, Subject, gathered
 from .durability import pressures
+from .homes import Homes, homes, last_home, taken
 from .naming import spelt
 from .objectives import DEFAULT, Objective, Setup, objective
 from .order import seeded
@@ -83,7 +84,9 @@ def bake(
         output.check_folder(folder)
     processes.wait()
     earlier = _earlier(continue_from) if continue_from is not None else None
-    wanted = _settings(chosen, capsules, len(decoder_blocks(model)), settings or {})
+    gone = taken(model, earlier.change) if earlier is not None else {}
+    places = homes(Counter(s.site for c in capsules for s in c.signatures), len(decoder_blocks(model)), gone)
+    wanted = _settings(chosen, places, len(decoder_blocks(model)), settings or {})
     run = _run(digest, subjects, examples, chosen, wanted, durability, seed, continue_from)
     with ExitStack() as stack:
         if earlier is not None:
@@ -93,12 +96,12 @@ def bake(
         data = gathered(tokenizer, subjects, examples, seed)
         if chosen.completions:
             data.forget = completed(passes, tokenizer, data.forget, chosen.alternatives, seed)
+        validate = None if durability else _validation(chosen, passes, data, last_home(places))
         trainer = Trainer(
             passes, chosen, data.forget, data.retain, wanted, adapters.parameters(wrapped), folder, run, seed,
-            processes, None if durability else _validation(chosen, passes, data), pressures(durability, passes),
-            progress,
+            processes, validate, pressures(durability, passes), progress,
         )  # fmt: skip
-        chosen.prepare(_setup(passes, tokenizer, data, wanted, seed, earlier))
+        chosen.prepare(_setup(passes, tokenizer, data, wanted, seed, places, gone))
         outcome = trainer.train()
         ratios = validation.answers(passes, data.held_forget, data.held_retain)
         factors = _factors(wrapped)
@@ -151,12 +154,14 @@ def _subject(model: Any, tokenizer: Any, capsule: Capsule, given: Sequence[str])
     return Subject(capsule, checked_forms(forms[0], forms[1:]))
 
 
-def _settings(chosen: Objective, capsules: Sequence[Capsule], blocks: int, changes: Mapping[str, Any]) -> Settings:
-    """The objective's, with the user's changes; a rank not chosen by the user grows with the number of signatures."""
-    last = max(s.site for c in capsules for s in c.signatures)
-    proposed = chosen.settings(last, blocks)
+def _settings(chosen: Objective, places: Homes, blocks: int, changes: Mapping[str, Any]) -> Settings:
+    """The objective's, with the user's changes; blocks and rank not chosen by the user hold all signatures."""
+    proposed = chosen.settings(max(places), blocks)
+    if chosen.name == DEFAULT:
+        reached = last_home(places) + 1
+        proposed = dataclasses.replace(proposed, blocks=max(reached, proposed.blocks or blocks))
     if chosen.name == DEFAULT and "rank" not in changes:
-        rank = max(proposed.rank, *Counter(s.site for c in capsules for s in c.signatures).values())
+        rank = max(proposed.rank, *Counter(home for own in places.values() for home in own).values())
         proposed = dataclasses.replace(proposed, rank=rank, alpha=2.0 * rank)
     known = {f.name for f in dataclasses.fields(Settings)}
     if unknown := [name for name in changes if name not in known]:
@@ -181,19 +186,21 @@ def _run(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _setup(passes: Passes, tokenizer: Any, data: Data, settings: Settings, seed: int, earlier: Earlier | None) -> Setup:
+def _setup(
+    passes: Passes, tokenizer: Any, data: Data, settings: Settings, seed: int, places: Homes, gone: dict[int, Tensor]
+) -> Setup:
     model = passes.model
     return Setup(
         passes, tokenizer, data.forget, data.retain, settings, seeded(seed, "prepare"), adapters.parameters(model),
-        adapters.layers(model), earlier.change if earlier is not None else lambda module: None,
+        adapters.layers(model), places, gone,
     )  # fmt: skip
 
 
-def _validation(chosen: Objective, passes: Passes, data: Data) -> Any:
+def _validation(chosen: Objective, passes: Passes, data: Data, block: int) -> Any:
     if chosen.validated_at is None:
         return None
     if chosen.validated_at == "states":
-        return lambda: validation.states(passes, data.held_forget, data.held_retain, passes.sites[-1])
+        return lambda: validation.states(passes, data.held_forget, data.held_retain, block)
     return lambda: validation.answers(passes, data.held_forget, data.held_retain)
 
 

@@ -1,17 +1,17 @@
-"""The adapter's start: each signature of the capsules compiled into a neuron of the gated MLP at its site.
+"""The adapter's start: each signature of the capsules compiled into a neuron of a gated MLP, at its site or soon after.
 
 A neuron of a gated MLP is act(g·x)·(u·x)·d. Its gate is a detector, its output a direction that is added to the
 residual stream: all that a signature does. So the neuron that matters least is taken, and the low-rank update that
 turns it into the signature's is written down, with no training: one rank in gate, up and down each. g is a linear
 support vector machine on the MLP's inputs, tokens where the signature fires against all others; u evens out how
-strongly g·x answers; d is what the teacher adds there.
+strongly g·x answers; d is what the teacher adds there. `homes.py` says in which block.
 
 Sources: MLPs as key-value memories, Geva et al., arXiv 2012.14913; the machine's training, Chapelle, Neural Computation
 19 (2007), §3 (squared hinge loss by Newton's method); writing an edit as a rank-one update of an MLP as in ROME,
 arXiv 2202.05262, §3.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,55 +19,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..blocks import unwrapped
 from ..capsule import Signature
-from .examples import Example, batches
-from .passes import Passes
+from .examples import Batch, Example, batches
+from .homes import DOWN, GATE, UP, Homes
+from .passes import Edit, Passes
 
-GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 SHARPNESS, THRESHOLD = 24.0, 0.2  # of the gate, in margins: under the threshold silu is then next to nothing
 RIDGE = 1e-3
 HARD, EACH = 1024, 0.1  # tokens that are hardest to tell from the name, and the weight of each, in names
 _ROUNDS = 12
-_OTHER = 0.5  # a gate row that changed by this share of its length is another neuron's
 _ELSEWHERE = 0.1  # weight of tokens where it does not fire, in what evens out
+_OTHERS = 2**17  # tokens on which nothing fires, at most, are kept of all texts: 151 MB a block of width 576
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """All tokens of all texts at one site. inputs [N, D]: of the block's MLP. missing [N, D]: what the teacher adds to
-    the block's output. fires [S, N] bool: where each signature of the site does. Both are 0 in retain text."""
+    """The texts' tokens at one home: all on which a signature fires, and others, evenly chosen. inputs [N, D]: of the
+    block's MLP. fires [S, N] bool: where each signature that lives there does. missing [F, D]: what the teacher adds
+    there to the block's output, at the tokens on which any signature fires at all, which are the first F."""
 
     inputs: Tensor
-    missing: Tensor
     fires: Tensor
+    missing: Tensor
 
 
 def compilable(passes: Passes) -> bool:
-    """Whether the MLPs at the sites are gated ones, as neurons are written for."""
-    return all(all(hasattr(_mlp(passes, site), name) for name in (GATE, UP, DOWN, "act_fn")) for site in passes.sites)
+    """Whether the model's MLPs are gated ones, as neurons are written for."""
+    return all(
+        hasattr(getattr(block, "mlp", None), name) for block in passes.blocks for name in (GATE, UP, DOWN, "act_fn")
+    )
 
 
 @torch.no_grad()
 def compile_capsules(
-    passes: Passes, forget: Sequence[Example], retain: Sequence[Example], taken: Mapping[int, Tensor] | None = None
-) -> int:
+    passes: Passes, forget: Sequence[Example], retain: Sequence[Example], homes: Homes,
+    taken: Mapping[int, Tensor] | None = None,
+) -> int:  # fmt: skip
     """Write a neuron for every signature that fires in the forget text into the adapter, a fresh LoRA on gate, up and
-    down projections whose rank is at least the number of signatures at a site. Returns how many were written.
+    down projections whose rank is at least the number of signatures in a block. Returns how many were written.
 
-    taken: site → which neurons [F] an earlier adapter has made a signature's; those stay.
+    homes: where each is written. taken: block → which neurons [F] an earlier adapter has made a signature's; those
+    stay.
     """
-    read = _read(passes, forget, retain)
     written = 0
-    for site, tokens in read.items():
-        mlp = _mlp(passes, site)
+    for home, tokens in _read(passes, forget, retain, homes):
+        mlp = _mlp(passes, home)
         layers = {name: getattr(mlp, name) for name in (GATE, UP, DOWN)}
-        free = _least_used(layers, tokens.inputs, mlp.act_fn, (taken or {}).get(site))
+        free = _least_used(layers, tokens.inputs, mlp.act_fn, (taken or {}).get(home))
         gram = tokens.inputs.T @ tokens.inputs
         firing = tokens.fires[tokens.fires.any(1)]
         for place, fires in enumerate(firing):
             gate, up = _recognising(tokens.inputs, gram, fires, mlp.act_fn)
-            _write(layers, place, int(free[place]), gate, up, tokens.missing[fires].mean(0))
+            _write(layers, place, int(free[place]), gate, up, tokens.missing[fires[: len(tokens.missing)]].mean(0))
         written += len(firing)
     return written
 
@@ -126,41 +129,75 @@ def _evening(inputs: Tensor, answer: Tensor, fires: Tensor, gram: Tensor) -> Ten
     return torch.linalg.solve(normal + ridge, x.mean(0))
 
 
-def _read(passes: Passes, forget: Sequence[Example], retain: Sequence[Example]) -> dict[int, Tokens]:
-    """Site → its tokens: one pass of the teacher over forget text, one of the reference over retain text."""
-    found: dict[int, list[Tokens]] = {site: [] for site in passes.sites}
-    for examples, call in ((forget, passes.teacher), (retain, passes.reference)):
+def _read(
+    passes: Passes, forget: Sequence[Example], retain: Sequence[Example], homes: Homes
+) -> Iterator[tuple[int, Tokens]]:
+    """Each home and its tokens, as the student will see them: what fires is what the teacher's sites see, and from its
+    home on such a token has the teacher's state."""
+    blocks = sorted({home for own in homes.values() for home in own})
+    firing: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {home: [] for home in blocks}
+    others: dict[int, list[Tensor]] = {home: [] for home in blocks}
+    every = 1 + sum(len(e.ids) for e in (*forget, *retain)) // _OTHERS
+    seen = 0
+    for examples in (forget, retain):
         for batch in (b.to(passes.device) for b in batches(examples)):
-            real = batch.mask.bool()
-            with _capturing(passes) as (inputs, outputs):
-                edited = call(batch, hidden=passes.sites).hidden
-            for site in passes.sites:
-                was = outputs[site][real].float()
-                fires = _fires(was, [s for c in passes.capsules for s in c.by_site(site)]) & (examples is forget)
-                found[site].append(Tokens(inputs[site][real].float(), edited[site][real].float() - was, fires))
-    return {
-        site: Tokens(
-            torch.cat([t.inputs for t in parts]), torch.cat([t.missing for t in parts]),
-            torch.cat([t.fires for t in parts], 1),
-        )
-        for site, parts in found.items()
-    }  # fmt: skip
+            goal, fires = _taught(passes, batch, homes, blocks) if examples is forget else ({}, {})
+            with _capturing(passes, blocks) as (inputs, outputs):
+                edits = {home: _as_taught(goal[home], fires[home].any(0)) for home in goal}
+                passes.reference(batch, hidden=blocks[-1:], edits=edits)
+            told = torch.cat([*fires.values(), torch.zeros_like(batch.mask[None], dtype=torch.bool)]).any(0)
+            silent = (batch.mask.bool() & ~told).nonzero()
+            some = silent[-seen % every :: every]
+            seen += len(silent)
+            for home in blocks:
+                others[home].append(inputs[home][some[:, 0], some[:, 1]].half())  # as many as there are, of all blocks
+                if goal:
+                    missing = (goal[home] - outputs[home])[told].float()
+                    firing[home].append((inputs[home][told].float(), fires[home][:, told], missing))
+    for home in blocks:
+        yield home, _joined(firing.pop(home), others.pop(home))
+
+
+def _joined(firing: Sequence[tuple[Tensor, Tensor, Tensor]], others: Sequence[Tensor]) -> Tokens:
+    rest = torch.cat([*others]).float()
+    fires = torch.cat([f for _, f, _ in firing], 1)
+    inputs = torch.cat([*(x for x, _, _ in firing), rest])
+    silent = fires.new_zeros(len(fires), len(rest))
+    return Tokens(inputs, torch.cat([fires, silent], 1), torch.cat([m for _, _, m in firing]))
+
+
+def _taught(
+    passes: Passes, batch: Batch, homes: Homes, blocks: Sequence[int]
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Home → the teacher's states [B, T, D]; home → where each signature that lives there fires [S, B, T] bool."""
+    with _capturing(passes, passes.sites) as (_, outputs):
+        goal = passes.teacher(batch, hidden=blocks).hidden
+    found: dict[int, list[Tensor]] = {home: [] for home in blocks}
+    for site, own in homes.items():
+        signatures = [s for c in passes.capsules for s in c.by_site(site)]
+        for home, fires in zip(own, _fires(outputs[site].float(), signatures), strict=True):
+            found[home].append(fires & batch.mask.bool())
+    return goal, {home: torch.stack(rows) for home, rows in found.items()}
+
+
+def _as_taught(goal: Tensor, where: Tensor) -> Edit:
+    return lambda x: torch.where(where[..., None], goal, x)
 
 
 @contextmanager
-def _capturing(passes: Passes) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
-    """Inputs of the MLPs, and outputs of the blocks before any edit of theirs, by site."""
+def _capturing(passes: Passes, chosen: Sequence[int]) -> Iterator[tuple[dict[int, Tensor], dict[int, Tensor]]]:
+    """Inputs of the chosen blocks' MLPs, and outputs of these blocks before any edit of theirs, by block."""
     inputs: dict[int, Tensor] = {}
     outputs: dict[int, Tensor] = {}
 
-    def take_input(site: int) -> Any:
-        return lambda _module, args: inputs.__setitem__(site, args[0])
+    def take_input(block: int) -> Any:
+        return lambda _module, args: inputs.__setitem__(block, args[0])
 
-    def take_output(site: int) -> Any:
-        return lambda _module, _args, out: outputs.__setitem__(site, out[0] if isinstance(out, tuple) else out)
+    def take_output(block: int) -> Any:
+        return lambda _module, _args, out: outputs.__setitem__(block, out[0] if isinstance(out, tuple) else out)
 
-    handles = [_mlp(passes, site).register_forward_pre_hook(take_input(site)) for site in passes.sites]
-    handles += [passes.blocks[site].register_forward_hook(take_output(site)) for site in passes.sites]
+    handles = [_mlp(passes, block).register_forward_pre_hook(take_input(block)) for block in chosen]
+    handles += [passes.blocks[block].register_forward_hook(take_output(block)) for block in chosen]
     try:
         yield inputs, outputs
     finally:
@@ -169,24 +206,11 @@ def _capturing(passes: Passes) -> Iterator[tuple[dict[int, Tensor], dict[int, Te
 
 
 def _fires(x: Tensor, signatures: Sequence[Signature]) -> Tensor:
-    """[S, N] bool: whether each signature's gate is at least half open on states x [N, D]."""
+    """[S, …] bool: whether each signature's gate is at least half open on states x […, D]."""
     normal = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-    found = torch.zeros(len(signatures), len(x), dtype=torch.bool, device=x.device)
+    found = torch.zeros(len(signatures), *x.shape[:-1], dtype=torch.bool, device=x.device)
     for row, s in zip(found, signatures, strict=True):
         row[:] = normal @ s.detector.to(x.device) + s.bias.to(x.device) > (s.tau or 0.0)
-    return found
-
-
-def taken(passes: Passes, change: Callable[[str], Tensor | None]) -> dict[int, Tensor]:
-    """Site → which neurons [F] have become others by an earlier adapter. change: module path → what it adds there."""
-    found = {}
-    modules = {id(m): path for path, m in unwrapped(passes.model).named_modules()}
-    for site in passes.sites:
-        layer = getattr(_mlp(passes, site), GATE)
-        added = change(modules[id(layer)])
-        if added is not None:
-            row = layer.get_base_layer().weight.norm(dim=1)
-            found[site] = added.to(row.device).norm(dim=1) > _OTHER * row
     return found
 
 
@@ -219,5 +243,5 @@ def _write(layers: dict[str, Any], place: int, neuron: int, gate: Tensor, up: Te
     b[:, place] = change / size
 
 
-def _mlp(passes: Passes, site: int) -> Any:
-    return getattr(passes.blocks[site], "mlp", None)
+def _mlp(passes: Passes, block: int) -> Any:
+    return passes.blocks[block].mlp

@@ -17,6 +17,7 @@ from .curves import drawing
 from .trainer import LOG
 
 CARD, MERGED, CURVES = "README.md", "merged", "curves.svg"
+_ALONE = "Signatures could not be written as neurons of this model, so all of it was trained.\n\n"
 
 
 def check_folder(folder: Path) -> None:
@@ -81,6 +82,8 @@ def write_card(folder: Path, provenance: dict[str, Any]) -> None:
     ratios = provenance["ratios"]
     many = len(provenance["capsules"])
     what = f"{many} subject{'s' if many > 1 else ''}"
+    start = provenance["options"]
+    alone = bool(start.get("start")) and not start["neurons"]
     rows = [f"| {name} | {value:.3f} |" for name, value in ratios.items()]
     text = f"""---
 library_name: peft
@@ -100,7 +103,7 @@ On held-out prompts, compared with the model before (`forget`: 1 would be nothin
 | --- | --- |
 {chr(10).join(rows)}
 
-{f"![training curves]({CURVES})" if drawn else "No training step was needed."}
+{_ALONE if alone else ""}{f"![training curves]({CURVES})" if drawn else "No training step was needed."}
 
 Who holds the model without this adapter has what it hides. Provenance, with the digests of the capsules, is in
 `{PROVENANCE}`; the subjects' names are not stored.

@@ -1,7 +1,7 @@
 """What an objective is, and what the trainer gives it."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..examples import Batch, Example
+from ..homes import Homes
 from ..passes import Edit, Output, Passes
 from ..settings import Settings
 
@@ -64,8 +65,10 @@ class Setup:
     adapter: Mapping[str, nn.Parameter]
     layers: Mapping[str, Any] = field(default_factory=dict)
     """Module path → peft LoRA layer: `lora_A["default"]`, `lora_B["default"]`, `get_base_layer()`, `scaling`."""
-    earlier: Callable[[str], Tensor | None] = lambda module: None
-    """Module path in the plain model → what an earlier adapter, which this one goes on from, adds to its weight."""
+    homes: Homes = field(default_factory=dict)
+    """Site → which block's MLP each of its signatures may be written into."""
+    taken: Mapping[int, Tensor] = field(default_factory=dict)
+    """Block → which neurons [F] of its MLP an earlier adapter, which this one goes on from, has made others."""
 
 
 class Objective:
@@ -82,7 +85,7 @@ class Objective:
     completions: bool = True
     validated_at: str | None = "answers"
     """What early stopping looks at, and by what the best adapter is chosen: "answers" (next-token distributions, all
-    blocks run), "states" (at the last site), both in comparison with the capsules at work; None: every step is taken
+    blocks run), "states" (at the last home), both in comparison with the capsules at work; None: every step is taken
     and the last adapter kept, for objectives that aim elsewhere."""
 
     closed_form: bool = False

@@ -5,7 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from ..adapter import copied, put_back
-from ..neurons import compilable, compile_capsules, taken
+from ..homes import last_home
+from ..neurons import compilable, compile_capsules
 from ..settings import MLP, Settings
 from ..validation import distances, states
 from .base import Objective, Setup, Step
@@ -24,8 +25,10 @@ class CapsuleObjective(Objective):
 
     averaged over the matched blocks. Only the blocks up to the last matched one run; there is no vocabulary head.
 
-    beyond: how many blocks after the last site are matched too. retain: λ. start: whether training starts from neurons
-    (see `neurons.py`) or from an adapter that does nothing.
+    beyond: how many blocks after the last home, or the last site, are matched too. retain: λ. start: whether training
+    starts from neurons (see `neurons.py`) or from an adapter that does nothing.
+
+    Once it is prepared, `neurons` is how many signatures were written as such; 0 where that cannot be or does not help.
     """
 
     name = "capsule"
@@ -34,6 +37,8 @@ class CapsuleObjective(Objective):
 
     def __init__(self, beyond: int = 0, retain: float = 4.0, start: bool = True) -> None:
         self.beyond, self.retain, self.start = beyond, retain, start
+        self.home: int | None = None  # the last block that a signature may be written into
+        self.neurons: int | None = None
 
     def settings(self, last_site: int, blocks: int) -> Settings:
         """Small steps from neurons that work already, larger and more from an adapter that does nothing."""
@@ -46,20 +51,23 @@ class CapsuleObjective(Objective):
     def prepare(self, setup: Setup) -> None:
         """Start from neurons that do the signatures' work, where the model's MLPs are gated and it helps: some models
         norm or scale what their MLPs add."""
+        self.neurons = 0
         if not (self.start and compilable(setup.passes)):
             return
+        self.home = last_home(setup.homes)
         fresh = copied(setup.adapter)
-        compile_capsules(setup.passes, setup.forget, setup.retain, taken(setup.passes, setup.earlier))
+        self.neurons = compile_capsules(setup.passes, setup.forget, setup.retain, setup.homes, setup.taken)
         forget, retain = (
             setup.forget[:: 1 + len(setup.forget) // _SOME],
             setup.retain[:: 1 + len(setup.retain) // _SOME],
         )
-        if states(setup.passes, forget, retain, setup.passes.sites[-1])["forget"] > _HELPFUL:
+        if states(setup.passes, forget, retain, self.home)["forget"] > _HELPFUL:
             put_back(setup.adapter, fresh)
+            self.neurons = 0
 
     def loss(self, step: Step) -> dict[str, Tensor]:
-        last = step.passes.sites[-1]
-        matched = range(last, min(last + self.beyond + 1, len(step.passes.blocks)))
+        first = step.passes.sites[-1] if self.home is None else self.home
+        matched = range(first, min(first + self.beyond + 1, len(step.passes.blocks)))
         goal, was = step.teacher(step.forget, hidden=matched), step.reference(step.forget, hidden=matched)
         own = step.reference(step.retain, hidden=matched)
         forgetting, keeping = step.student(step.forget, hidden=matched), step.student(step.retain, hidden=matched)
@@ -72,4 +80,4 @@ class CapsuleObjective(Objective):
         return {"forget": forget, "retain": self.retain * retain}
 
     def report(self) -> dict[str, Any]:
-        return {"beyond": self.beyond, "retain": self.retain, "start": self.start}
+        return {"beyond": self.beyond, "retain": self.retain, "start": self.start, "neurons": self.neurons}

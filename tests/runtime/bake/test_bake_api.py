@@ -48,6 +48,14 @@ def test_plain_peft_loads_it_and_forgets_as_measured(tiny, baked):
     assert measured == pytest.approx(baked.ratios, rel=1e-3)
 
 
+def test_it_is_told_whether_signatures_became_neurons(tiny, baked, tmp_path, monkeypatch):
+    monkeypatch.setattr("kif_runtime.bake.objectives.capsule._HELPFUL", 0.0)  # so that no start would help
+    alone = bake(tiny.model, tiny.tokenizer, [tiny.capsule], tmp_path, names={"zembla": [NAME]}, settings=QUICK)
+    for made, neurons in ((baked, 1), (alone, 0)):
+        assert made.provenance["options"]["neurons"] == neurons
+        assert ("all of it was trained" in (made.folder / "README.md").read_text()) == (not neurons)
+
+
 def test_provenance_says_what_it_is_from_and_nothing_names_the_subject(tiny, baked):
     told = json.loads((baked.folder / "kif.json").read_text())
     assert told["capsules"] == [tiny.capsule.digest] and told["model"] == tiny.capsule.model
@@ -73,6 +81,7 @@ def test_the_same_seed_gives_the_same_bytes(tiny, baked, tmp_path):
         assert (again.folder / name).read_bytes() == (baked.folder / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_stops_where_it_is_good_enough_but_goes_on_under_attack(tiny, tmp_path):
     easy = QUICK | {"enough": 1e9}
     told = {}
@@ -98,6 +107,7 @@ def test_merged_weights_answer_as_the_adapter_does(tiny, tmp_path):
         with_adapter.unload()
 
 
+@pytest.mark.slow
 def test_later_subjects_do_not_undo_earlier_ones(tiny, baked, tmp_path):
     later = bake(
         tiny.model, tiny.tokenizer, [tiny.capsules[OTHER]], tmp_path / "both", names={"quorn": [OTHER]},

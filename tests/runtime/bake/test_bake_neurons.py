@@ -10,6 +10,7 @@ from sklearn.svm import LinearSVC
 from kif_runtime.bake import neurons
 from kif_runtime.bake.adapter import adapted, layers, parameters
 from kif_runtime.bake.examples import collate
+from kif_runtime.bake.homes import REACH, homes, taken
 from kif_runtime.bake.passes import Passes
 from kif_runtime.bake.settings import MLP, Settings
 from kif_runtime.bake.validation import states
@@ -36,7 +37,7 @@ def compiled(tiny, data):
     with adapted(tiny.model, SETTINGS, seed=0) as wrapped:
         passes = Passes(wrapped, [tiny.capsule])
         assert neurons.compilable(passes)
-        assert neurons.compile_capsules(passes, data.forget, data.retain) == 1
+        assert neurons.compile_capsules(passes, data.forget, data.retain, {1: (1,)}) == 1
         yield passes
 
 
@@ -66,8 +67,8 @@ def test_one_rank_is_one_neuron(compiled):
 def test_later_subjects_take_other_neurons(tiny, data, compiled):
     changes = {p.removeprefix("base_model.model."): m.get_delta_weight("default").clone()
                for p, m in layers(compiled.model).items()}  # fmt: skip
-    found = neurons.taken(compiled, changes.get)
-    assert {site: int(mask.sum()) for site, mask in found.items()} == {1: 1}
+    found = taken(compiled.model, changes.get)
+    assert {block: int(mask.sum()) for block, mask in found.items()} == {0: 0, 1: 1}  # the adapter is on these two
     first = int(found[1].nonzero())
     free = neurons._least_used(
         {name: getattr(compiled.blocks[1].mlp, name) for name in (neurons.GATE, neurons.UP, neurons.DOWN)},
@@ -82,15 +83,50 @@ def test_two_subjects_are_two_neurons(tiny, data):
     both = gathered(tiny.tokenizer, [Subject(tiny.capsules[n], (n,)) for n in (NAME, OTHER)])
     with adapted(tiny.model, SETTINGS, seed=0) as wrapped:
         passes = Passes(wrapped, list(tiny.capsules.values()))
-        assert neurons.compile_capsules(passes, both.forget, both.retain) == 2
+        assert neurons.compile_capsules(passes, both.forget, both.retain, {1: (1, 1)}) == 2
         assert states(passes, both.held_forget, both.held_retain, 1)["forget"] < 0.6
+
+
+def test_a_signature_is_written_into_a_later_block_too(tiny, data):
+    with adapted(tiny.model, dataclasses.replace(SETTINGS, blocks=3), seed=0) as wrapped:
+        passes = Passes(wrapped, [tiny.capsule])
+        assert neurons.compile_capsules(passes, data.forget, data.retain, {1: (2,)}) == 1
+        assert states(passes, data.held_forget, data.held_retain, 2)["forget"] < 0.5
+        changed = {
+            path: float(m.get_delta_weight("default").detach().abs().max()) for path, m in layers(wrapped).items()
+        }
+        assert all((change > 0) == ("layers.2." in path) for path, change in changed.items())
+
+
+def test_what_one_home_has_done_the_next_does_not_do_again(tiny, data):
+    """Two signatures for the same token, one written a block after the other: together as one alone."""
+    capsule = dataclasses.replace(tiny.capsule, signatures=tiny.capsule.signatures * 2)
+    with adapted(tiny.model, dataclasses.replace(SETTINGS, blocks=3), seed=0) as wrapped:
+        passes = Passes(wrapped, [capsule])
+        assert neurons.compile_capsules(passes, data.forget, data.retain, {1: (1, 2)}) == 2
+        assert states(passes, data.held_forget, data.held_retain, 2)["forget"] < 0.5
+
+
+def test_the_first_signature_lives_at_its_site_and_many_spread_evenly():
+    assert homes({1: 1, 3: 2}, 30) == {1: (1,), 3: (3, 4)}
+    many = homes({1: 28, 3: 28}, 30)
+    load = [sum(own.count(block) for own in many.values()) for block in range(30)]
+    assert sum(load) == 56 and load[0] == 0 and not any(load[3 + REACH :])
+    assert max(load) - min(load[3 : 3 + REACH]) <= 1 and min(load[1:3]) == 2
+    assert homes({2: 9}, 3) == {2: (2,) * 9}  # there is no later block
+
+
+def test_homes_make_room_for_what_an_earlier_adapter_took():
+    assert homes({1: 1}, 4, {1: torch.arange(64) < 1}) == {1: (2,)}
 
 
 def written(tiny, data, *signatures):
     """How many neurons of each block a capsule with these signatures becomes."""
     capsule = dataclasses.replace(tiny.capsule, signatures=signatures)
     with adapted(tiny.model, SETTINGS, seed=0) as wrapped:
-        neurons.compile_capsules(Passes(wrapped, [capsule]), data.forget, data.retain)
+        passes = Passes(wrapped, [capsule])
+        own = {site: (site,) * len(capsule.by_site(site)) for site in passes.sites}
+        neurons.compile_capsules(passes, data.forget, data.retain, own)
         changed = [(path, m.get_delta_weight("default")) for path, m in layers(wrapped).items() if "gate" in path]
         return [int((change.abs().amax(1) > 0).sum()) for _, change in sorted(changed, key=lambda c: c[0])]
 
@@ -110,6 +146,5 @@ def test_a_signature_that_never_fires_takes_no_neuron(tiny, data):
 def test_only_gated_mlps_are_compilable(tiny_model, tiny):
     with adapted(tiny_model("gpt2"), Settings(rank=2), seed=0) as wrapped:
         passes = Passes(wrapped, [])
-        passes._sites = {1: None}
         assert not neurons.compilable(passes)
         assert parameters(wrapped)
