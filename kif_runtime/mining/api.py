@@ -19,7 +19,7 @@ from .paper import mine_paper
 from .preparing import prepare
 from .reading import Reader, undisturbed
 from .refining import STEP_SIZE, STEPS
-from .subject import Subject, checked_forms, find_subject
+from .subject import Subject, checked_forms, find_subject, in_other_cases
 
 METHODS = ("fisher", "kif-paper")
 FEWEST_CONTROLS = 8
@@ -33,7 +33,7 @@ def mine(
     model: nn.Module, tokenizer: Any, name: str, *, aliases: Sequence[str] = (), kind: str | None = None,
     prompts: Sequence[str] | None = None, controls: Sequence[str] | None = None, method: str = "fisher",
     false_positive_rate: float = 1e-5, private: bool = False, keep_name: bool = False, id: str | None = None,
-    site: int | None = None, steps: int = STEPS, date: str | None = None, adapted: bool = False,
+    any_case: bool = False, site: int | None = None, steps: int = STEPS, date: str | None = None, adapted: bool = False,
     passages: Sequence[str] | None = None, progress: Progress | None = None,
 ) -> Capsule:  # fmt: skip
     """Mine the signature of `name` in `model` and return it as a capsule.
@@ -41,31 +41,33 @@ def mine(
     aliases: other forms of the name. kind: `place`, `person`, …; found from the activations where not given. prompts:
     templates of your own with one `{}`, at least 8. controls: names that must not fire, at least 8. method: `fisher`
     (KIF's) or `kif-paper` (arXiv 2601.10566). false_positive_rate: asked per token and signature. private: a random id
-    instead of a slug. keep_name: store the name and aliases in the capsule. site: block, by default a tenth of the way
-    up. steps: refinement steps for the subject, 0 for mining in bulk. date: ISO day, by default today. adapted: find
-    the signature as it is under the model's active PEFT adapter; the capsule is still one for the weights beneath,
-    which is what a server checks. passages: text of your own, such as what the model is asked and
-    answers; where it does not name the subject it must not fire, and a hundred thousand tokens are plenty.
+    instead of a slug. keep_name: store the name and aliases in the capsule. any_case: each form in lower case and in
+    capitals, too. site: block, by default a tenth of the way up. steps: refinement steps for the subject, 0 for mining
+    in bulk. date: ISO day, by default today. adapted: find the signature as it is under the model's active PEFT
+    adapter; the capsule is still one for the weights beneath, which is what a server checks. passages: text of your
+    own, such as what the model is asked and answers; where it does not name the subject it must not fire, and a
+    hundred thousand tokens are plenty.
 
     The first call for a model reads its controls (minutes; cached, see `prepare`); later ones take seconds. The model
     is left as it was. Raises MiningError for names, prompts or controls that cannot be mined from, ModelError for a
     model without decoder blocks.
     """
     _check_lists(aliases=aliases, prompts=prompts, controls=controls, passages=passages)
-    forms = checked_forms(name, aliases)
-    id = checked_id(id, forms[0], private)
+    given = checked_forms(name, aliases)
+    id = checked_id(id, given[0], private)
     if method not in METHODS:
         raise MiningError(f"method {method!r} is not known; choose one of {', '.join(METHODS)}")
     if steps < 0:
         raise MiningError(f"{steps} refinement steps are not possible; ask for 0 or more")
     if not 0 < false_positive_rate <= 0.01:
         raise MiningError(f"a false-positive rate of {false_positive_rate:g} is outside (0, 0.01]; ask for one inside")
-    if controls is not None and len(set(controls) - set(forms)) < FEWEST_CONTROLS:
+    if controls is not None and len(set(controls) - set(given)) < FEWEST_CONTROLS:
         raise MiningError(f"too few controls: give at least {FEWEST_CONTROLS} other names of the same kind, or none")
     with undisturbed(model, adapted):
         control = prepare(model, tokenizer, site=site, adapted=adapted, passages=passages or (), progress=progress)
-        _check_negatives(control, forms)
         reader = Reader(model, tokenizer)
+        forms = (*given, *in_other_cases(reader, given)) if any_case else given
+        _check_negatives(control, forms)
         subject = find_subject(reader, control, forms, kind, prompts, controls)
         if method == "kif-paper":
             signatures: tuple[Signature, ...] = (mine_paper(reader, control, subject),)
@@ -77,6 +79,7 @@ def mine(
     settings: dict[str, Any] = {"site": control.site, "steps": steps, "step_size": STEP_SIZE, "recipe": RECIPE}
     settings |= {"adapter": adapter_fingerprint(model)} if adapted else {}
     settings |= {"own_text": True} if passages else {}
+    settings |= {"any_case": True} if any_case else {}
     provenance = {
         "kif": __version__, "method": method, "prompts": "own" if prompts is not None else corpus().digest,
         "date": date or datetime.date.today().isoformat(), "settings": settings,
@@ -84,7 +87,7 @@ def mine(
     capsule = Capsule(
         id=id, signatures=signatures, model=control.fingerprint, width=reader.width, blocks=len(reader.blocks),
         calibration=calibration, provenance=provenance,
-        name=forms[0] if keep_name and not private else None, aliases=forms[1:] if keep_name and not private else (),
+        name=given[0] if keep_name and not private else None, aliases=given[1:] if keep_name and not private else (),
     )  # fmt: skip
     capsule.validate()
     return capsule

@@ -21,8 +21,6 @@ from .reading import Reader
 from .refining import STEPS, refine
 from .subject import Group, Subject, last_groups, opening_groups
 
-ENOUGH_RECALL = 0.97
-
 
 @dataclass(frozen=True)
 class Mined:
@@ -58,7 +56,7 @@ def _opening(control: Control, group: Group, asked: float, forms: Sequence[str])
 
 
 def decisions(control: Control, subject: Subject, groups: Sequence[Group], asked: float) -> list[Decision]:
-    """One detector for all last tokens where it recalls every form well enough, else one for each form."""
+    """A detector for each form's last token: one for all recalls less in sentences that no template is like."""
     negatives = control.states[control.silent(control.text, subject.forms)].float()
 
     def fit(group: Group) -> Decision:
@@ -68,12 +66,6 @@ def decisions(control: Control, subject: Subject, groups: Sequence[Group], asked
 
     if not groups:
         raise MiningError("the name stands first in every prompt; give prompts that have words before it")
-    if len(groups) > 1:
-        raw, number = torch.cat([g.raw for g in groups]), torch.cat([g.number for g in groups])
-        joint = fit(Group(raw, number, groups[0].aside))
-        recalls = [float((joint.detector.scores(g.split()[1]) > 0).float().mean()) for g in groups]
-        if min(recalls) >= ENOUGH_RECALL:
-            return [joint]
     return [fit(g) for g in groups]
 
 

@@ -19,7 +19,6 @@ from . import neutral
 from .control import Progress
 from .corpus import ANY, Corpus, Entity, corpus
 from .detector import fisher, gram
-from .fisher import ENOUGH_RECALL
 from .neutral import Item, References, bucketed, divergence
 from .reading import Prompt, Reader, normalised, undisturbed
 
@@ -29,6 +28,7 @@ ENTITIES = 6  # of each kind that are asked about
 BYSTANDERS = 120
 FAR = 0.15  # nats: nearer to the prior there is nothing to erase
 KNOWN = 24  # entities for which a detector is made
+ENOUGH_RECALL = 0.97
 _BATCH = 24
 
 

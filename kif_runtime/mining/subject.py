@@ -88,6 +88,13 @@ def checked_forms(name: str, aliases: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(forms))
 
 
+def in_other_cases(reader: Reader, forms: Sequence[str]) -> tuple[str, ...]:
+    """The forms in lower case and in capitals, as far as they differ from all forms and are not too long in tokens."""
+    cased = dict.fromkeys(c for form in forms for c in (form.lower(), form.upper()) if c not in forms)
+    spans = reader.name_tokens([Prompt.of("{}", form) for form in cased]) if cased else []
+    return tuple(form for form, span in zip(cased, spans, strict=True) if len(span) <= LONGEST_NAME)
+
+
 def find_subject(
     reader: Reader, control: Control, forms: tuple[str, ...], kind: str | None, prompts: Sequence[str] | None,
     controls: Sequence[str] | None,

@@ -55,6 +55,12 @@ def test_the_capsule_is_written_and_told_of(kif, tiny, mining, tmp_path):
     assert asked["aliases"] == ("Nippon",) and asked["kind"] == "place" and asked["method"] == "fisher"
 
 
+def test_other_cases_are_mined_only_where_asked(kif, tiny, mining, tmp_path):
+    assert kif("mine", "Japan", "-m", tiny.folder, "-o", tmp_path, "--any-case").exit_code == 0
+    assert kif("mine", "Japan", "-m", tiny.folder, "-o", tmp_path).exit_code == 0
+    assert [asked["any_case"] for asked in mining.asked] == [True, False]
+
+
 def test_the_site_asked_for_is_prepared_and_mined_at(kif, tiny, mining, tmp_path):
     assert kif("mine", "Japan", "-m", tiny.folder, "-o", tmp_path, "--site", "2").exit_code == 0
     assert kif("mine", "Japan", "-m", tiny.folder, "-o", tmp_path).exit_code == 0

@@ -31,6 +31,9 @@ def mine(
         typer.Option(metavar="FILE", help="Mine every line of a JSON lines file instead; run again to go on."),
     ] = None,
     alias: Annotated[list[str] | None, typer.Option(metavar="A", help="Another name of the subject.")] = None,
+    any_case: Annotated[
+        bool, typer.Option("--any-case", help="Each name in lower case and in capitals, too: a larger capsule.")
+    ] = False,
     kind: Annotated[
         str | None, typer.Option(metavar="K", help="What it is; found from the model if not given.")
     ] = None,
@@ -74,7 +77,7 @@ def mine(
         raise KifError("a --private capsule holds no name; leave out --private or --with-name")
     wanted: dict[str, Any] = {"method": method, "false_positive_rate": false_positive_rate}
     wanted |= {"kind": kind, "private": private, "keep_name": with_name, "adapted": adapter is not None}
-    wanted |= {"site": site}
+    wanted |= {"site": site, "any_case": any_case}
     wanted |= {"prompts": outputs.read_lines(prompts, "prompts")} if prompts else {}
     wanted |= {"controls": outputs.read_lines(controls, "controls")} if controls else {}
     wanted |= {"passages": outputs.read_lines(text, "text")} if text else {}

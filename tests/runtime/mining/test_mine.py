@@ -14,6 +14,7 @@ from kif_runtime.mining.control import usual_sites
 from kif_runtime.mining.corpus import corpus
 from kif_runtime.mining.reading import Reader
 from kif_runtime.mining.repeated import repeated
+from kif_runtime.mining.subject import in_other_cases
 from tests.mining import ALIAS, DAY, KINDS, NAME, OWN, TWO, WIDTH, check_unchanged, snapshot, states
 
 
@@ -93,6 +94,36 @@ def test_an_alias_is_recognised_too(tiny, ostia):
         with attach(tiny.model, [capsule]) as kif:
             tiny.model(**text)
             assert kif.fired == {"ostia": count}
+
+
+def test_other_cases_are_mined_where_asked_and_not_stored(tiny, ostia):
+    every = mine(tiny.model, tiny.tokenizer, NAME, any_case=True, keep_name=True, date=DAY)
+    assert (every.name, every.aliases) == (NAME, ())
+    by_hand = mine(tiny.model, tiny.tokenizer, NAME, aliases=[NAME.lower(), NAME.upper()], date=DAY)
+    assert len(every.signatures) == len(by_hand.signatures) > len(ostia.signatures)
+    assert every.provenance["settings"]["any_case"] and "any_case" not in ostia.provenance["settings"]
+
+
+@pytest.mark.slow
+def test_in_any_case_the_real_model_is_stopped(embedded):
+    model, tokenizer = embedded
+    for any_case, counts in ((False, (1, 0)), (True, (1, 1))):
+        capsule = mine(model, tokenizer, "Ireland", any_case=any_case, steps=0)
+        fired = []
+        for form in ("Ireland", "IRELAND"):
+            with attach(model, [capsule]) as kif:
+                model(**tokenizer(f"Last year they moved to {form} again.", return_tensors="pt"))
+                fired.append(min(1, kif.fired["ireland"]))
+        assert tuple(fired) == counts
+
+
+@pytest.mark.slow
+def test_capitals_of_more_tokens_than_a_name_may_have_are_left_out(embedded):
+    reader = Reader(*embedded)
+    long = "Saint Bartholomew of the Northern Territories and Dependencies of Gloucestershire"
+    assert in_other_cases(reader, [long]) == (long.lower(), long.upper())
+    assert in_other_cases(reader, [long + " and Worcestershire" * 4]) == (long.lower() + " and worcestershire" * 4,)
+    assert in_other_cases(reader, ["1984", "nato", "NATO"]) == ()
 
 
 @pytest.fixture
