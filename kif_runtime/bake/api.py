@@ -26,7 +26,7 @@ from ..mining.subject import checked_forms
 from . import adapter as adapters
 from . import output, validation
 from .completions import completed
-from .continuing import Earlier, added, joined
+from .continuing import Earlier, added, compact, joined
 from .data import Data, Subject, gathered
 from .durability import pressures
 from .homes import Homes, homes, last_home, taken
@@ -105,8 +105,7 @@ def bake(
         outcome = trainer.train()
         ratios = validation.answers(passes, data.held_forget, data.held_retain)
         factors = _factors(wrapped)
-    if earlier is not None:
-        factors = joined(earlier.factors, factors)
+    factors = compact(factors if earlier is None else joined(earlier.factors, factors))
     provenance = _provenance(capsules, digest, chosen, wanted, durability, seed, earlier, outcome, ratios, factors)
     nbytes = 0
     if processes.is_main:

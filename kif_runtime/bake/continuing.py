@@ -123,6 +123,20 @@ def joined(first: Factors, second: Factors) -> Factors:
     return result
 
 
+def compact(factors: Factors) -> Factors:
+    """The same changes in as few ranks as the module that needs most: one in which either factor is 0 adds nothing."""
+    used = {module: (a.abs().amax(1) > 0) & (b.abs().amax(0) > 0) for module, (a, b) in factors.items()}
+    rank = max(1, *(int(ranks.sum()) for ranks in used.values()))
+    result = {}
+    for module, (a, b) in factors.items():
+        a, b = a[used[module]], b[:, used[module]]
+        empty = rank - len(a)
+        result[module] = (
+            torch.cat([a, a.new_zeros(empty, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], empty)], 1),
+        )  # fmt: skip
+    return result
+
+
 def _digests(folder: Path) -> list[str]:
     """Digests of all capsules that the adapter in `folder` is from; none where it was not made by KIF."""
     try:

@@ -38,7 +38,7 @@ def test_the_other_commands_use_it(kif, tiny, baked):
 def test_a_summary_for_reading(kif, tiny, capsule_file, tmp_path):
     result = kif("bake", "-m", tiny.folder, "-c", capsule_file, "--name", "japan", "-o", tmp_path / "x", *QUICK)
     assert result.exit_code == 0
-    assert "1 subject baked in" in result.stdout and "rank 2, " in result.stdout
+    assert "1 subject baked in" in result.stdout and "rank 1, " in result.stdout
     assert "japan" not in result.stdout + result.stderr
 
 

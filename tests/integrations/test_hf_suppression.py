@@ -6,6 +6,7 @@ import torch
 
 from kif_hf import attach
 from kif_runtime.blocks import decoder_blocks
+from tests.families import each_family
 
 ROWS = ([3, 4, 5, 6, 7, 5], [9, 10, 5], [11, 12, 9, 13])
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi", "gpt2", "gpt_neox", "opt", "falcon")
@@ -25,7 +26,7 @@ def by_hand(x, signatures):
     return x, any(fires)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family(FAMILIES))
 def test_block_output_is_the_equation_in_float64(hf, family):
     model = hf.ready(family)[0]
     five, nine = hf.capsule(model, "five", 5, (1,), strength=0.7), hf.capsule(model, "nine", 9, (1,))
@@ -44,7 +45,7 @@ def test_block_output_is_the_equation_in_float64(hf, family):
     assert count == 5 == sum(kif.fired.values())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family(FAMILIES))
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_logits_equal_a_plain_implementation(hf, family, side):
     model, five, nine = hf.ready(family)
@@ -60,7 +61,7 @@ def test_logits_equal_a_plain_implementation(hf, family, side):
     assert torch.equal(got[2], bare[2])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family(FAMILIES))
 @pytest.mark.parametrize(
     "how",
     [
@@ -105,7 +106,11 @@ def test_bfloat16_equals_a_plain_implementation(hf):
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [*((f, torch.float32) for f in FAMILIES), ("llama", torch.bfloat16), ("gemma2", torch.bfloat16)],
+    [
+        *each_family(FAMILIES, torch.float32),
+        ("llama", torch.bfloat16),
+        pytest.param("gemma2", torch.bfloat16, marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_fires_nothing_changes(hf, family, dtype):
     model, five, _ = hf.ready(family, dtype)
@@ -124,7 +129,7 @@ def test_nothing_fires_nothing_changes(hf, family, dtype):
     assert all(torch.equal(a, b) for a, b in zip(got, bare, strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each_family(FAMILIES))
 def test_untouched_rows_of_a_mixed_batch_equal_the_bare_model(hf, family):
     model, five, _ = hf.ready(family)
     batch = hf.prompts([3, 4, 5, 7], [8, 9], [10, 5, 12])
