@@ -233,6 +233,7 @@ def _provenance(
         "earlier": earlier.capsules if earlier is not None else [],
         "objective": chosen.name,
         "options": chosen.report(),
+        "neurons": chosen.neurons,
         "settings": dataclasses.asdict(settings),
         "durability": list(durability),
         "seed": seed,

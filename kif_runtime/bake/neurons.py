@@ -150,7 +150,7 @@ def _read(
             some = silent[-seen % every :: every]
             seen += len(silent)
             for home in blocks:
-                others[home].append(inputs[home][some[:, 0], some[:, 1]].half())  # as many as there are, of all blocks
+                others[home].append(inputs[home][some[:, 0], some[:, 1]].half())  # there are many, of all blocks
                 if goal:
                     missing = (goal[home] - outputs[home])[told].float()
                     firing[home].append((inputs[home][told].float(), fires[home][:, told], missing))
@@ -159,7 +159,7 @@ def _read(
 
 
 def _joined(firing: Sequence[tuple[Tensor, Tensor, Tensor]], others: Sequence[Tensor]) -> Tokens:
-    rest = torch.cat([*others]).float()
+    rest = torch.cat(list(others)).float()
     fires = torch.cat([f for _, f, _ in firing], 1)
     inputs = torch.cat([*(x for x, _, _ in firing), rest])
     silent = fires.new_zeros(len(fires), len(rest))

@@ -82,8 +82,7 @@ def write_card(folder: Path, provenance: dict[str, Any]) -> None:
     ratios = provenance["ratios"]
     many = len(provenance["capsules"])
     what = f"{many} subject{'s' if many > 1 else ''}"
-    start = provenance["options"]
-    alone = bool(start.get("start")) and not start["neurons"]
+    alone = _ALONE if provenance["neurons"] == 0 else ""
     rows = [f"| {name} | {value:.3f} |" for name, value in ratios.items()]
     text = f"""---
 library_name: peft
@@ -103,7 +102,7 @@ On held-out prompts, compared with the model before (`forget`: 1 would be nothin
 | --- | --- |
 {chr(10).join(rows)}
 
-{_ALONE if alone else ""}{f"![training curves]({CURVES})" if drawn else "No training step was needed."}
+{alone}{f"![training curves]({CURVES})" if drawn else "No training step was needed."}
 
 Who holds the model without this adapter has what it hides. Provenance, with the digests of the capsules, is in
 `{PROVENANCE}`; the subjects' names are not stored.

@@ -82,7 +82,7 @@ def precision(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("how", SCREENS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     width=st.sampled_from([1, 2, 3, 31, 32, 64, 100, 576, 1024, 2048]),
     seed=st.integers(0, 2**31),
@@ -99,9 +99,10 @@ def test_nothing_that_fires_is_ruled_out(how, width, seed, size, weight, spread,
         assert missed(x, on_the_edge(x, detector, k)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [None, 1.6], ids=["hard", "soft"])
 def test_it_holds_where_fp32_products_are_allowed_to_be_coarse(screen, precision, k) -> None:
-    x, detector = torch.randn(2, 60, 576, generator=torch.Generator().manual_seed(1))
+    x, detector = torch.randn(2, 200, 576, generator=torch.Generator().manual_seed(1))
     assert missed(x, on_the_edge(x, detector, k)) == 0
 
 

@@ -163,7 +163,7 @@ def _print(result: "Baked", json: bool) -> None:
     out().print(f"  of the answers' distance to the capsules' on held-out prompts, left: {result.ratios['forget']:.3f}")
     out().print(f"  moved about others, in the same unit: {result.ratios['retain']:.4f}")
     out().print(f"written to {result.folder}")
-    if told["options"].get("start") and not told["options"]["neurons"]:
+    if told["neurons"] == 0:
         err().print("kif: warning: signatures could not be written as neurons of this model, so all of it was trained")
     if result.ratios["forget"] > 0.3:
         err().print("kif: warning: much of what the capsules hide is left; try more --steps, or a larger --rank")

@@ -91,6 +91,9 @@ class Objective:
     closed_form: bool = False
     """Whether `prepare` does all the work: then no step is taken, whatever the settings say."""
 
+    neurons: int | None = None
+    """How many signatures `prepare` wrote as neurons; None for an objective that does not try to."""
+
     def settings(self, last_site: int, blocks: int) -> Settings:
         """Defaults for a model of so many blocks whose capsules' last site is `last_site`."""
         return Settings()

@@ -28,7 +28,7 @@ class CapsuleObjective(Objective):
     beyond: how many blocks after the last home, or the last site, are matched too. retain: λ. start: whether training
     starts from neurons (see `neurons.py`) or from an adapter that does nothing.
 
-    Once it is prepared, `neurons` is how many signatures were written as such; 0 where that cannot be or does not help.
+    Once it is prepared, `neurons` is 0 where signatures cannot be written as such, or that does not help.
     """
 
     name = "capsule"
@@ -38,7 +38,6 @@ class CapsuleObjective(Objective):
     def __init__(self, beyond: int = 0, retain: float = 4.0, start: bool = True) -> None:
         self.beyond, self.retain, self.start = beyond, retain, start
         self.home: int | None = None  # the last block that a signature may be written into
-        self.neurons: int | None = None
 
     def settings(self, last_site: int, blocks: int) -> Settings:
         """Small steps from neurons that work already, larger and more from an adapter that does nothing."""
@@ -51,8 +50,10 @@ class CapsuleObjective(Objective):
     def prepare(self, setup: Setup) -> None:
         """Start from neurons that do the signatures' work, where the model's MLPs are gated and it helps: some models
         norm or scale what their MLPs add."""
-        self.neurons = 0
-        if not (self.start and compilable(setup.passes)):
+        if not self.start:
+            return
+        if not compilable(setup.passes):
+            self.neurons = 0
             return
         self.home = last_home(setup.homes)
         fresh = copied(setup.adapter)
@@ -78,6 +79,3 @@ class CapsuleObjective(Objective):
             forget = forget + (distances(forgetting, goal, step.forget, block) / far).mean() / len(matched)
             retain = retain + distances(keeping, own, step.retain, block).mean() / len(matched)
         return {"forget": forget, "retain": self.retain * retain}
-
-    def report(self) -> dict[str, Any]:
-        return {"beyond": self.beyond, "retain": self.retain, "start": self.start, "neurons": self.neurons}

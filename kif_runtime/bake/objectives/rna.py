@@ -38,6 +38,7 @@ class Rna(Objective):
         usual = states(setup.passes, setup.retain, setup.passes.sites[-1]).square().mean(-1).sqrt().median()
         self.deviation = self.share * float(usual)
         self.inner.prepare(setup)
+        self.neurons = self.inner.neurons
 
     def loss(self, step: Step) -> dict[str, Tensor]:
         return self.inner.loss(replace(step, passes=Noisy(step.passes, self.deviation, step.generator)))

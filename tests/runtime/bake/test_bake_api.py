@@ -52,7 +52,7 @@ def test_it_is_told_whether_signatures_became_neurons(tiny, baked, tmp_path, mon
     monkeypatch.setattr("kif_runtime.bake.objectives.capsule._HELPFUL", 0.0)  # so that no start would help
     alone = bake(tiny.model, tiny.tokenizer, [tiny.capsule], tmp_path, names={"zembla": [NAME]}, settings=QUICK)
     for made, neurons in ((baked, 1), (alone, 0)):
-        assert made.provenance["options"]["neurons"] == neurons
+        assert made.provenance["neurons"] == neurons
         assert ("all of it was trained" in (made.folder / "README.md").read_text()) == (not neurons)
 
 
@@ -114,7 +114,7 @@ def test_later_subjects_do_not_undo_earlier_ones(tiny, baked, tmp_path):
         settings=QUICK, continue_from=baked.folder,
     )  # fmt: skip
     assert later.provenance["earlier"] == [tiny.capsule.digest]
-    assert later.provenance["rank"] < 8  # 4 each, but not all of these add anything
+    assert later.provenance["rank"] == 4  # not the 8 of both side by side
     prompts = [f"the city of {name} is" for name in (NAME, OTHER)]
     bare = [answers(tiny.model, tiny.tokenizer, p) for p in prompts]
     found = []
