@@ -8,9 +8,8 @@ from torch import Tensor
 
 from ..checks import check_candidates, check_hits, check_in_place, check_like, check_tokens
 from ..layout import FLOATS, SITE_ARGUMENTS, Candidates, KernelError, SiteTensors
-from ..suppress import cpu, kernels, packed, unpacked, without_autocast
-from ..suppress import reference as suppress_reference
-from . import reference
+from ..suppress import kernels, packed, unpacked, without_autocast
+from . import cpu, reference
 
 _library = torch.library.Library("kif", "FRAGMENT")
 for _name, _first in (("add_norm_suppress_", "hidden"), ("suppress_normed_", "normed")):
@@ -97,12 +96,11 @@ def _check(
 
 
 def _on_cpu(name: str, x: Tensor, residual: Tensor, rows: Tensor, *rest: Any) -> None:
-    """The server's own computation, with the fast CPU path on its sum: that writes only the tokens that fire."""
     *tensors, weight, epsilon, one_plus, hits, count, found = rest
-    path = suppress_reference.suppress_ if x.dtype == torch.float64 else cpu.suppress_
+    module: Any = reference if x.dtype == torch.float64 else cpu
     with without_autocast("cpu"):
-        getattr(reference, name)(
-            x, residual, rows, SiteTensors(*tensors), weight, epsilon, one_plus, hits, packed(count, found), path
+        getattr(module, name)(
+            x, residual, rows, SiteTensors(*tensors), weight, epsilon, one_plus, hits, packed(count, found)
         )
 
 

@@ -10,24 +10,11 @@ which nothing fires gets its bits: the quotient is rounded to the weight's dtype
 hidden's. Gemma's norm multiplies by 1 + w in fp32 (GemmaRMSNorm, the same version): `one_plus`.
 """
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from ..layout import Candidates, SiteTensors
-from ..suppress import reference
-
-
-class Suppress(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        rows: Tensor,
-        site: SiteTensors,
-        hits: Tensor | None = None,
-        candidates: Candidates | None = None,
-    ) -> None: ...
+from ..suppress.reference import suppress_
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float, one_plus: bool, dtype: torch.dtype) -> Tensor:
@@ -52,9 +39,7 @@ def add_norm_suppress_(
     one_plus: bool = False,
     hits: Tensor | None = None,
     candidates: Candidates | None = None,
-    suppress_: Suppress = reference.suppress_,
 ) -> None:
-    """`suppress_` is the path that edits the sum: the specification's own unless another is given."""
     work = work_dtype(hidden)
     x = hidden.to(work) + residual.to(work)
     suppress_(x, rows, site, hits, candidates)
@@ -72,7 +57,6 @@ def suppress_normed_(
     one_plus: bool = False,
     hits: Tensor | None = None,
     candidates: Candidates | None = None,
-    suppress_: Suppress = reference.suppress_,
 ) -> None:
     """After the host's own add and norm: x is the rounded residual, and only tokens on which something fires change."""
     before = residual.to(work_dtype(residual))

@@ -22,15 +22,28 @@ def suppress_(
     x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None = None, candidates: Candidates | None = None
 ) -> None:
     """`kif_kernels.suppress_` for fp16, bf16 and fp32 tensors on the CPU."""
+    edited = edits(x, rows, site, hits, candidates)
+    if edited is not None:
+        token, value = edited
+        write(x, token, value.to(x.dtype))
+
+
+def edits(
+    x: Tensor, rows: Tensor, site: SiteTensors, hits: Tensor | None, candidates: Candidates | None
+) -> tuple[Tensor, Tensor] | None:
+    """The tokens of x on which something fires, [F] ascending, and what they become, [F, D] fp32; None where nothing
+    does. Marks `hits` [N, C].
+    """
     if x.numel() == 0:
-        return
+        return None
     tokens, token_rows = flatten(x, rows)
     if candidates is None:
         pairs = may_fire(tokens, rows, token_rows, site)
     else:
         pairs = _listed(candidates, token_rows, site)
-    if pairs.token.numel():
-        _suppress_pairs(x, tokens, token_rows, pairs, site, hits)
+    if pairs.token.numel() == 0:
+        return None
+    return _edited(tokens, token_rows, pairs, site, hits)
 
 
 def _listed(candidates: Candidates, rows: Tensor, site: SiteTensors) -> Pairs:
@@ -48,10 +61,10 @@ def _listed(candidates: Candidates, rows: Tensor, site: SiteTensors) -> Pairs:
     return Pairs(token, slot.long())
 
 
-def _suppress_pairs(
-    x: Tensor, tokens: Tensor, rows: Tensor, pairs: Pairs, site: SiteTensors, hits: Tensor | None
-) -> None:
-    """Decide the pairs, each of its token's set, and edit x [N, D] or [B, T, D]; `tokens`, `rows` are its flat form."""
+def _edited(
+    tokens: Tensor, rows: Tensor, pairs: Pairs, site: SiteTensors, hits: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Decide the pairs, each of its token's set; what `edits` gives for tokens [N, D]."""
     token, slot = pairs
     distinct, at = token.unique(return_inverse=True)
     y, scale, v = normalise(tokens[distinct].float())
@@ -60,12 +73,12 @@ def _suppress_pairs(
         hits[token[hit], site.owner[slot[hit]].long()] = True
     token, at, slot, z = token[fires], at[fires], slot[fires], z[fires]
     if at.numel() == 0:
-        return
+        return None
     order = (at * site.sets.shape[1] + site.place[rows[token].long(), slot]).argsort()
     at, slot = at[order], slot[order]
     _edit(y, scale, at, slot, _weight(z[order], site.k[slot]) * site.strength[slot], site)
     touched = at.unique()
-    write(x, distinct[touched], (y[touched] / scale[touched]).to(x.dtype))
+    return distinct[touched], y[touched] / scale[touched]
 
 
 def _decide(v: Tensor, at: Tensor, slot: Tensor, site: SiteTensors) -> tuple[Tensor, Tensor, Tensor]:

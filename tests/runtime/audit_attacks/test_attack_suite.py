@@ -23,6 +23,7 @@ def test_a_quick_audit_of_a_model_that_never_saw_the_facts_draws_nothing_out():
         assert row["success"] == row["reference"]["success"], row["name"]
 
 
+@pytest.mark.slow
 def test_the_untouched_model_is_attacked_once_for_all_that_was_made_of_it():
     first, again = (audited(bare(model, "after"), reference=False) for model in (knowing(), refusing()))
     table = run(first)
@@ -106,6 +107,7 @@ def test_a_quick_audit_tries_less(tables):
     assert {"soft prompt", "sparse features put back"} <= set(rows(tables["refusing"]))
 
 
+@pytest.mark.slow
 def test_what_is_put_in_is_not_judged_without_a_model_that_never_knew():
     table = run(audited(bare(never_knew(), "after"), reference=False))
     (row,) = table["without_reference"]
