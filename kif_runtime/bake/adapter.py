@@ -99,6 +99,11 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
     """(inputs, outputs) of a projection that PEFT can put a LoRA on; GPT-2's are called Conv1D."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D":
+    if keeps_inputs_first(module):
         return module.weight.shape[0], module.weight.shape[1]  # type: ignore[index,return-value]
     return None
+
+
+def keeps_inputs_first(module: nn.Module | None) -> bool:
+    """Whether its weight is [inputs, outputs], as GPT-2's are: a shape alone does not tell, where it is square."""
+    return type(module).__name__ == "Conv1D"

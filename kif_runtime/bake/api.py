@@ -22,7 +22,6 @@ from ..capsule import Capsule
 from ..errors import BakingError
 from ..files import shown
 from ..fingerprint import fingerprint
-from ..mining.subject import checked_forms
 from . import adapter as adapters
 from . import output, validation
 from .completions import completed
@@ -30,7 +29,7 @@ from .continuing import Earlier, added, compact, joined
 from .data import Data, Subject, gathered
 from .durability import pressures
 from .homes import Homes, homes, last_home, taken
-from .naming import spelt
+from .naming import forms_of
 from .objectives import DEFAULT, Objective, Setup, objective
 from .order import seeded
 from .passes import Passes
@@ -79,7 +78,8 @@ def bake(
     digest = fingerprint(model)
     for capsule in capsules:
         capsule.check_model(digest)
-    subjects = [_subject(model, tokenizer, capsule, (names or {}).get(capsule.id, ())) for capsule in capsules]
+    forms = [forms_of(model, tokenizer, capsule, (names or {}).get(capsule.id, ())) for capsule in capsules]
+    subjects = [Subject(capsule, own) for capsule, own in zip(capsules, forms, strict=True)]
     if processes.is_main:
         output.check_folder(folder)
     processes.wait()
@@ -87,7 +87,7 @@ def bake(
     gone = taken(model, earlier.change) if earlier is not None else {}
     places = homes(Counter(s.site for c in capsules for s in c.signatures), len(decoder_blocks(model)), gone)
     wanted = _settings(chosen, places, len(decoder_blocks(model)), settings or {})
-    run = _run(digest, subjects, examples, chosen, wanted, durability, seed, continue_from)
+    run = _run(digest, subjects, examples, chosen, wanted, durability, seed, earlier and earlier.digest)
     with ExitStack() as stack:
         if earlier is not None:
             stack.enter_context(added(unwrapped(model), earlier.factors))
@@ -102,6 +102,7 @@ def bake(
             processes, validate, pressures(durability, passes), progress,
         )  # fmt: skip
         chosen.prepare(_setup(passes, tokenizer, data, wanted, seed, places, gone))
+        wanted = trainer.settings = _settings(chosen, places, len(decoder_blocks(model)), settings or {})
         outcome = trainer.train()
         ratios = validation.answers(passes, data.held_forget, data.held_retain)
         factors = _factors(wrapped)
@@ -140,27 +141,15 @@ def _check_ids(capsules: Sequence[Capsule], names: Mapping[str, Sequence[str]]) 
         raise BakingError("two capsules have the same id; give each subject once")
 
 
-def _subject(model: Any, tokenizer: Any, capsule: Capsule, given: Sequence[str]) -> Subject:
-    """Who is meant by a capsule. Raises BakingError where no name is known: there would be nothing to train on."""
-    forms = tuple(given) or ((capsule.name, *capsule.aliases) if capsule.name else ())
-    if not forms and (name := spelt(model, tokenizer, capsule)) is not None:
-        forms = (name,)
-    if not forms:
-        raise BakingError(
-            f"capsule {capsule.id!r} holds no name, its id spells none that it recognises, and texts that name the "
-            "subject are what is baked from; give it with --name, or mine with --with-name"
-        )
-    return Subject(capsule, checked_forms(forms[0], forms[1:]))
-
-
 def _settings(chosen: Objective, places: Homes, blocks: int, changes: Mapping[str, Any]) -> Settings:
     """The objective's, with the user's changes; blocks and rank not chosen by the user hold all signatures."""
     proposed = chosen.settings(max(places), blocks)
+    fewest = max(Counter(home for own in places.values() for home in own).values())
     if chosen.name == DEFAULT:
         reached = last_home(places) + 1
         proposed = dataclasses.replace(proposed, blocks=max(reached, proposed.blocks or blocks))
     if chosen.name == DEFAULT and "rank" not in changes:
-        rank = max(proposed.rank, *Counter(home for own in places.values() for home in own).values())
+        rank = max(proposed.rank, fewest)
         proposed = dataclasses.replace(proposed, rank=rank, alpha=2.0 * rank)
     known = {f.name for f in dataclasses.fields(Settings)}
     if unknown := [name for name in changes if name not in known]:
@@ -170,6 +159,11 @@ def _settings(chosen: Objective, places: Homes, blocks: int, changes: Mapping[st
         made = dataclasses.replace(made, steps=0)
     if made.rank < 1 or made.steps < 0 or made.forget_rows < 1 or made.retain_rows < 1 or made.learning_rate <= 0:
         raise BakingError("rank, rows and learning rate have to be over 0, and steps 0 or more; correct the settings")
+    if chosen.writes_neurons and made.rank < fewest:
+        raise BakingError(
+            f"rank {made.rank} is too low for the {fewest} signatures that one block takes; leave it out, or bake "
+            "fewer capsules at once"
+        )
     return made
 
 
@@ -180,7 +174,7 @@ def _run(*parts: Any) -> str:
         "kif": __version__, "model": digest, "capsules": [s.capsule.digest for s in subjects],
         "forms": [s.forms for s in subjects], "examples": list(examples), "objective": chosen.name,
         "options": chosen.report(), "settings": dataclasses.asdict(settings), "durability": list(durability),
-        "seed": seed, "earlier": None if earlier is None else str(earlier),
+        "seed": seed, "earlier": earlier,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -256,6 +250,7 @@ def _write(
     embeddings = next(path for path, module in plain.named_modules() if module is plain.get_input_embeddings())
     nbytes = output.write_adapter(folder, factors, targets, base=base, rows=rows, embeddings=embeddings)
     output.write_card(folder, provenance)
+    output.forget_merged(folder)  # of an unfinished run that was to merge
     if merge:
         output.write_merged(folder / output.MERGED, factors, plain, tokenizer, rows)
     output.write_json(folder / output.PROVENANCE, provenance)  # last: it says that the folder is complete

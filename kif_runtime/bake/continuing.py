@@ -4,6 +4,7 @@ The earlier adapter is merged into the weights that the later one is trained on,
 earlier subjects too and nothing pulls them back. What is written is the sum of both: their factors side by side.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -13,11 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from ..errors import BakingError
 from ..files import shown
+from .adapter import keeps_inputs_first
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PROVENANCE = "kif.json"
@@ -28,7 +30,7 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 class Earlier:
     """An adapter that was written before: factors by module path, A [r, inputs] with the scale in it, B [outputs, r];
-    rows, token → its embedding [D], which objectives that change some leave beside them.
+    rows, token → its embedding [D], which objectives that change some leave beside them; digest, of its weights' file.
 
     Raises BakingError for a folder that holds none, or one that is no plain LoRA.
     """
@@ -36,13 +38,15 @@ class Earlier:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         try:
             config = json.loads((Path(folder) / CONFIG).read_text())
-            tensors = load_file(Path(folder) / WEIGHTS)
+            data = (Path(folder) / WEIGHTS).read_bytes()
+            tensors = load(data)
             scale = float(config["lora_alpha"]) / int(config["r"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             raise BakingError(f"{shown(folder)} holds no LoRA adapter; give the folder that a baking wrote") from None
-        odd = ("use_dora", "use_rslora", "rank_pattern", "modules_to_save")
+        odd = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
         if config.get("peft_type") != "LORA" or any(config.get(option) for option in odd):
             raise BakingError(f"the adapter in {shown(folder)} is no plain LoRA; give one that a baking wrote")
+        self.digest = hashlib.sha256(data).hexdigest()
         self.capsules: list[str] = _digests(Path(folder))
         self.rows = _rows(config, tensors)
         self.factors: Factors = {}
@@ -82,11 +86,10 @@ def added(model: Any, factors: Factors) -> Iterator[None]:
         with torch.no_grad():
             for path, (a, b) in factors.items():
                 weight = getattr(modules.get(path), "weight", None)
-                change = b @ a
-                if weight is None or weight.shape not in (change.shape, change.T.shape):
+                change = (b @ a).T if keeps_inputs_first(modules.get(path)) else b @ a
+                if weight is None or weight.shape != change.shape:
                     raise BakingError(f"the earlier adapter does not fit this model (at {path}); use its own model")
                 kept[path] = weight.detach().clone()
-                change = change if weight.shape == change.shape else change.T  # GPT-2 keeps inputs first
                 weight += change.to(weight.device, weight.dtype)
         yield
     finally:

@@ -81,7 +81,7 @@ def held_out(tokenizer: Any, subjects: Sequence[Subject], seed: int = 0) -> tupl
     forget, retain = [], []
     for number, subject in enumerate(subjects):
         _, held = _templates(tokenizer, subject.kind)
-        forget += _about(tokenizer, held, subject.forms[:1], number, rng)
+        forget += _about(tokenizer, held, subject.forms, number, rng)
         others = _entities(subject.kind, forms, rng, _HELD_RETAIN)
         retain += [_text(tokenizer, rng.choice(held).replace("{}", e.name)) for e in others]
     return rng.sample(forget, min(_HELD_FORGET, len(forget))), rng.sample(retain, _HELD_RETAIN)
@@ -175,11 +175,12 @@ def _places(text: str, form: str) -> list[int]:
 
 
 def _given(tokenizer: Any, row: dict[str, str], subjects: Sequence[Subject]) -> Example:
-    """A user's row: the completion begins after the prompt's tokens."""
+    """A user's row: the completion begins after the prompt's tokens, or where there are none after its own first one,
+    which nothing foretells."""
     prompt = tokenizer(row["prompt"])["input_ids"]
     completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
     if row["split"] == RETAIN:
         return Example(tuple([*prompt, *completion][:LONGEST]), len(prompt))
     number = next((n for n, s in enumerate(subjects) if mentions(row["prompt"], s.forms)), 0)
     whole = _text(tokenizer, row["prompt"], number, subjects[number].forms)
-    return Example((*whole.ids, *completion)[: 2 * LONGEST], len(whole.ids), number, whole.name)
+    return Example((*whole.ids, *completion)[: 2 * LONGEST], max(1, len(whole.ids)), number, whole.name)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import BakingError
 from ..evaluation.attacks.quantisation import round_trip
-from .adapter import layers
+from .adapter import keeps_inputs_first, layers
 from .objectives import Step
 from .passes import Passes
 from .validation import distances
@@ -32,11 +32,11 @@ def relearned(step: Step) -> Iterator[None]:
     block = step.passes.sites[-1]
     own = step.reference(step.forget, hidden=[block])
     parameters = list(step.adapter.values())
-    for _ in range(RELEARN_STEPS):
-        loss = distances(step.student(step.forget, hidden=[block]), own, step.forget, block).mean()
-        slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
-        _move(parameters, slopes, -RELEARN_SIZE)
     try:
+        for _ in range(RELEARN_STEPS):
+            loss = distances(step.student(step.forget, hidden=[block]), own, step.forget, block).mean()
+            slopes = torch.autograd.grad(loss, parameters, allow_unused=True)
+            _move(parameters, slopes, -RELEARN_SIZE)
         yield
     finally:
         with torch.no_grad():
@@ -84,12 +84,12 @@ def rounded(step: Step) -> Iterator[None]:
 def _rounding(layer: Any) -> Any:
     merged = layer.get_base_layer().weight + layer.get_delta_weight("default")
     error = round_trip(merged, "int4") - merged
+    error = error if keeps_inputs_first(layer.get_base_layer()) else error.T
 
     def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if module.disable_adapters:  # the reference and the teacher stay as they are
             return output
-        size_first = output.shape[-1] == error.shape[0] and args[0].shape[-1] == error.shape[1]
-        return output + args[0] @ (error.T if size_first else error).to(args[0].dtype)
+        return output + args[0] @ error.to(args[0].dtype)
 
     return hook
 

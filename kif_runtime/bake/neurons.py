@@ -43,10 +43,12 @@ class Tokens:
     missing: Tensor
 
 
-def compilable(passes: Passes) -> bool:
-    """Whether the model's MLPs are gated ones, as neurons are written for."""
+def compilable(passes: Passes, homes: Homes) -> bool:
+    """Whether the MLPs of all homes are gated, as neurons are written for, and wear the LoRA on all three parts."""
+    mlps = [getattr(passes.blocks[home], "mlp", None) for own in homes.values() for home in own]
     return all(
-        hasattr(getattr(block, "mlp", None), name) for block in passes.blocks for name in (GATE, UP, DOWN, "act_fn")
+        hasattr(mlp, "act_fn") and all(hasattr(getattr(mlp, name, None), "lora_A") for name in (GATE, UP, DOWN))
+        for mlp in mlps
     )
 
 
@@ -68,11 +70,22 @@ def compile_capsules(
         free = _least_used(layers, tokens.inputs, mlp.act_fn, (taken or {}).get(home))
         gram = tokens.inputs.T @ tokens.inputs
         firing = tokens.fires[tokens.fires.any(1)]
+        added = _added(firing[:, : len(tokens.missing)], tokens.missing)
         for place, fires in enumerate(firing):
             gate, up = _recognising(tokens.inputs, gram, fires, mlp.act_fn)
-            _write(layers, place, int(free[place]), gate, up, tokens.missing[fires[: len(tokens.missing)]].mean(0))
+            _write(layers, place, int(free[place]), gate, up, added[place])
         written += len(firing)
     return written
+
+
+def _added(fires: Tensor, missing: Tensor) -> Tensor:
+    """[S, D]: what each neuron adds, so that over the F tokens those that fire on one add up to what is missing there,
+    by least squares: the mean of it for a signature that shares no token with another of its home.
+
+    fires [S, F] bool, each row somewhere True; missing [F, D].
+    """
+    rows = fires.to(missing.dtype)
+    return torch.linalg.pinv(rows @ rows.T, hermitian=True) @ (rows @ missing)
 
 
 def _recognising(inputs: Tensor, gram: Tensor, fires: Tensor, act: Any) -> tuple[Tensor, Tensor]:

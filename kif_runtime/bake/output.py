@@ -1,6 +1,7 @@
 """What a baking leaves: a PEFT adapter that needs nothing of KIF, its provenance, and a card; no name in any of it."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,15 @@ def write_merged(folder: Path, factors: Factors, model: Any, tokenizer: Any, row
             tokenizer.save_pretrained(folder)
     except Exception as failure:  # a full disk is an error class of its own in safetensors
         raise BakingError(f"cannot write the merged model to {shown(folder)}: {one_line(failure, 200)}") from None
+
+
+def forget_merged(folder: Path) -> None:
+    """Remove the merged model that an unfinished baking left."""
+    try:
+        if (folder / MERGED).exists():
+            shutil.rmtree(folder / MERGED)
+    except OSError as failure:
+        raise BakingError(f"cannot remove {shown(folder / MERGED)}: {reason(failure)}") from None
 
 
 def finish(folder: Path) -> None:

@@ -87,6 +87,7 @@ class Trainer:
         total = self.settings.steps
         self._tell()
         if self.outcome.steps == 0:
+            self._clear_log()
             self._log({"step": 0, "forget": len(self.forget), "retain": len(self.retain)})
             self._validated()
         while self.outcome.steps < total and self.outcome.stopped != "validation":
@@ -130,18 +131,19 @@ class Trainer:
         """The step's gradients, in place, and its terms. Memory that does not suffice halves the parts' rows."""
         while True:
             try:
-                terms = self._parts(number)
+                terms = self._own(number)
                 short = False
             except (torch.OutOfMemoryError, RuntimeError) as failure:
                 if not _is_memory(failure):
                     raise
                 terms, short = {}, True
-            if not self.processes.any(short):
-                return terms
+            if not self.processes.any(short):  # all ask before any sums, so that none waits for one that ran short
+                return self._summed(terms)
             self.parts *= 2
             self.processes.check(self.settings, self.parts)
 
-    def _parts(self, number: int) -> dict[str, Tensor]:
+    def _own(self, number: int) -> dict[str, Tensor]:
+        """This process's share of the step's gradients and terms, part after part."""
         for parameter in self.adapter.values():
             parameter.grad = None
         shares = self.parts * self.processes.count
@@ -153,6 +155,10 @@ class Trainer:
                 torch.stack([*terms.values()]).sum().div(shares).backward()
             for name, value in terms.items():
                 sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach() / shares
+        return sums
+
+    def _summed(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same over all processes."""
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.adapter.values()]
         for parameter, grad in zip(self.adapter.values(), self.processes.sum(grads), strict=True):
             parameter.grad = grad
@@ -224,6 +230,14 @@ class Trainer:
         self.best, self.parts = found.best, found.meta["parts"]
         kept = ("best_step", "ratios", "stopped")
         self.outcome = Outcome(found.step, **{name: found.meta[name] for name in kept})
+
+    def _clear_log(self) -> None:
+        """What another run, or this one before its first checkpoint, left is none of this one's curves."""
+        if self.processes.is_main:
+            try:
+                (self.folder / LOG).unlink(missing_ok=True)
+            except OSError as failure:
+                raise BakingError(f"cannot replace {shown(self.folder / LOG)}: {reason(failure)}") from failure
 
     def _log(self, row: dict[str, Any]) -> None:
         """One line; what a kill cuts off is one line at most."""

@@ -67,7 +67,7 @@ def undisturbed(model: nn.Module, adapted: bool = False) -> Iterator[None]:
     """
     for module in model.modules():
         if getattr(getattr(module.__dict__.get("forward"), "__self__", None), "suppresses", False):
-            raise MiningError("capsules are attached to the model; detach them before mining")
+            raise MiningError("capsules are attached to the model; detach them first")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -42,16 +42,11 @@ def retire(
 
     loaded, tokenizer = open_model(model, adapter=adapter, device=device)
     found.check_model(loaded)
-    from kif_runtime.bake.naming import spelt
     from kif_runtime.bake.retiring import left
 
-    forms = [name, *(alias or [])] if name else [found.name, *found.aliases] if found.name else []
-    forms = forms or [spelt(loaded, tokenizer, found) or ""]
-    if not forms[0]:
-        raise KifError(f"{shown(capsule)} holds no name to ask about; give it with --name")
     with progress() as report:
         report(0, 1, "asking the adapter")
-        ratios = left(loaded, tokenizer, found, [str(form) for form in forms])
+        ratios = left(loaded, tokenizer, found, [name, *(alias or [])] if name else ())
     passed = ratios["forget"] <= most_left
     moved = _put_away(capsule, delete) if passed else None
     if json:

@@ -91,11 +91,15 @@ class Objective:
     closed_form: bool = False
     """Whether `prepare` does all the work: then no step is taken, whatever the settings say."""
 
+    writes_neurons: bool = False
+    """Whether `prepare` may write signatures as neurons, for which the LoRA then needs a rank each."""
+
     neurons: int | None = None
     """How many signatures `prepare` wrote as neurons; None for an objective that does not try to."""
 
     def settings(self, last_site: int, blocks: int) -> Settings:
-        """Defaults for a model of so many blocks whose capsules' last site is `last_site`."""
+        """Defaults for a model of so many blocks whose capsules' last site is `last_site`. Asked for again after
+        `prepare`: rank, blocks and targets are then what they were, and the schedule may be another."""
         return Settings()
 
     def prepare(self, setup: Setup) -> None:

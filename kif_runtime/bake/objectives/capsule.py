@@ -37,11 +37,12 @@ class CapsuleObjective(Objective):
 
     def __init__(self, beyond: int = 0, retain: float = 4.0, start: bool = True) -> None:
         self.beyond, self.retain, self.start = beyond, retain, start
+        self.writes_neurons = start
         self.home: int | None = None  # the last block that a signature may be written into
 
     def settings(self, last_site: int, blocks: int) -> Settings:
         """Small steps from neurons that work already, larger and more from an adapter that does nothing."""
-        rate, steps = (3e-5, 40) if self.start else (2e-3, 100)
+        rate, steps = (3e-5, 40) if self.start and self.neurons != 0 else (2e-3, 100)
         return Settings(
             blocks=last_site + 1, targets=(MLP,), learning_rate=rate, steps=steps, retain_rows=16, validate_every=10,
             enough=0.25,
@@ -52,7 +53,7 @@ class CapsuleObjective(Objective):
         norm or scale what their MLPs add."""
         if not self.start:
             return
-        if not compilable(setup.passes):
+        if not compilable(setup.passes, setup.homes):
             self.neurons = 0
             return
         self.home = last_home(setup.homes)

@@ -4,19 +4,22 @@ import errno
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kif_runtime.bake import bake
+from kif_runtime.bake.adapter import layers
 from kif_runtime.bake.continuing import Earlier, added, compact, joined
 from kif_runtime.bake.retiring import left
 from kif_runtime.errors import BakingError, CapsuleError, KifError
 from tests.mining import check_unchanged, snapshot
-from tests.runtime.bake.conftest import NAME, OTHER
+from tests.runtime.bake.conftest import BLOCKS, NAME, OTHER, SITE
 
 QUICK = {"rank": 4, "alpha": 8.0, "steps": 2, "forget_rows": 2, "retain_rows": 2}
 IDS = torch.arange(3, 40)[None]
@@ -54,6 +57,14 @@ def test_it_is_told_whether_signatures_became_neurons(tiny, baked, tmp_path, mon
     for made, neurons in ((baked, 1), (alone, 0)):
         assert made.provenance["neurons"] == neurons
         assert ("all of it was trained" in (made.folder / "README.md").read_text()) == (not neurons)
+
+
+def test_what_cannot_start_from_neurons_is_trained_in_larger_steps(tiny, baked, tmp_path):
+    """The small ones are for neurons that work already."""
+    out, settings = tmp_path / "out", QUICK | {"targets": ("attention",)}
+    alone = bake(tiny.model, tiny.tokenizer, [tiny.capsule], out, names={"zembla": [NAME]}, settings=settings)
+    rates = [made.provenance["settings"]["learning_rate"] for made in (baked, alone)]
+    assert rates == [3e-5, 2e-3] and alone.provenance["neurons"] == 0
 
 
 def test_provenance_says_what_it_is_from_and_nothing_names_the_subject(tiny, baked):
@@ -162,8 +173,50 @@ def test_an_earlier_adapter_is_taken_back_bit_for_bit(tiny, baked):
     check_unchanged(tiny.model, before)
 
 
+def test_a_square_weight_that_keeps_inputs_first_is_changed_as_peft_does(tiny_model):
+    """GPT-2's attention output: its shape does not tell which way round it is."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model("gpt2").eval()
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["c_proj"], fan_in_fan_out=True))
+    factors, g = {}, torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for path, layer in layers(wrapped).items():
+            for part in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+                part.copy_(torch.randn(part.shape, generator=g) / 5)
+            a, b = layer.lora_A["default"].weight * layer.scaling["default"], layer.lora_B["default"].weight
+            factors[path.removeprefix("base_model.model.")] = (a.detach().clone(), b.detach().clone())
+        wanted = wrapped(IDS).logits
+        plain = wrapped.unload()
+        with added(plain, factors):
+            assert torch.allclose(plain(IDS).logits, wanted, atol=1e-5)
+        assert not torch.allclose(plain(IDS).logits, wanted, atol=1e-2)
+
+
+def test_an_earlier_adapter_with_scales_of_its_own_is_refused(baked, tmp_path):
+    for option, value in (("alpha_pattern", {"up_proj": 3}), ("lora_bias", True)):
+        folder = tmp_path / option
+        shutil.copytree(baked.folder, folder)
+        config = json.loads((folder / "adapter_config.json").read_text()) | {option: value}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(BakingError, match="is no plain LoRA"):
+            Earlier(folder)
+
+
+def test_an_earlier_adapter_is_told_apart_by_its_weights(tiny, baked, tmp_path):
+    """Baked anew in the same folder it is another, and a checkpoint on top of the first is not gone on from."""
+    shutil.copytree(baked.folder, tmp_path / "earlier")
+    first = Earlier(tmp_path / "earlier").digest
+    assert first == Earlier(baked.folder).digest
+    weights = load_file(baked.folder / "adapter_model.safetensors")
+    save_file({name: t * 2 for name, t in weights.items()}, tmp_path / "earlier" / "adapter_model.safetensors")
+    assert Earlier(tmp_path / "earlier").digest != first
+
+
 def attempt(tiny, out, **changes):
     options = {"names": {"zembla": [NAME]}, "settings": QUICK} | changes
+    if options.get("capsules") == "twice":  # more signatures than there are blocks from their site on
+        options["capsules"] = [replace(tiny.capsule, signatures=tiny.capsule.signatures * (BLOCKS - SITE + 1))]
     return bake(tiny.model, tiny.tokenizer, options.pop("capsules", [tiny.capsule]), out, **options)
 
 
@@ -174,6 +227,7 @@ def attempt(tiny, out, **changes):
         ({"names": {"zembla": [NAME], "x": ["X"]}}, "none of the capsules"),
         ({"names": {"zembla": [" "]}}, "name, or an alias, is empty"),
         ({"settings": QUICK | {"rank": 97}}, "rank 97 does not fit .*ask for 1 to 96"),
+        ({"capsules": "twice", "settings": QUICK | {"rank": 1, "blocks": 2}}, "rank 1 is too low for the 2 signatures"),
         ({"settings": QUICK | {"targets": ("nowhere",)}}, "no projection .*it has down_proj"),
         ({"settings": {"speed": 9}}, "no setting 'speed'"),
         ({"settings": QUICK | {"learning_rate": -1.0}}, "learning rate have to be over 0"),
@@ -216,7 +270,11 @@ def test_a_baking_that_was_killed_while_it_wrote_is_done_again(tiny, baked, tmp_
     for name in ("training.jsonl", "adapter_model.safetensors"):
         (out / name).write_bytes((baked.folder / name).read_bytes()[:-9])
     (out / ".kif-x.tmp").write_bytes(b"half")
+    (out / "merged").mkdir()
+    (out / "merged" / "config.json").write_text("{}")
     attempt(tiny, out)
+    logs = [[json.loads(row) for row in (f / "training.jsonl").read_text().splitlines()] for f in (out, baked.folder)]
+    assert len(logs[0]) == len(logs[1]) and logs[0][0] == logs[1][0]  # the first run's rows are gone
     assert {p.name for p in out.iterdir()} == {p.name for p in baked.folder.iterdir()}
     assert (out / "adapter_model.safetensors").read_bytes() == (baked.folder / "adapter_model.safetensors").read_bytes()
 

@@ -84,6 +84,20 @@ def test_own_examples_are_used_as_their_split_says(tiny, tmp_path):
     assert found.retain[-1].start == len(tiny.tokenizer("Berlin is").input_ids)
 
 
+def test_an_own_text_without_a_prompt_is_its_own_completion(tiny, data):
+    from kif_runtime.bake.adapter import adapted
+    from kif_runtime.bake.completions import completed
+    from kif_runtime.bake.passes import Passes
+    from kif_runtime.bake.settings import Settings
+
+    row = {"prompt": "", "completion": "the city of Zembla is old", "split": "forget"}
+    given = gathered(tiny.tokenizer, [Subject(tiny.capsule, (NAME,))], [row]).forget[-1]
+    assert tiny.tokenizer.decode(given.ids) == row["completion"] and given.start == 1  # nothing foretells the first
+    with adapted(tiny.model, Settings(rank=2), seed=0) as wrapped:
+        (made,) = completed(Passes(wrapped, [tiny.capsule]), tiny.tokenizer, [given], None, seed=0)
+    assert made == given
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

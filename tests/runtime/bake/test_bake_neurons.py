@@ -36,7 +36,7 @@ def test_the_gate_is_the_support_vector_machine_of_another_library():
 def compiled(tiny, data):
     with adapted(tiny.model, SETTINGS, seed=0) as wrapped:
         passes = Passes(wrapped, [tiny.capsule])
-        assert neurons.compilable(passes)
+        assert neurons.compilable(passes, {1: (1,)})
         assert neurons.compile_capsules(passes, data.forget, data.retain, {1: (1,)}) == 1
         yield passes
 
@@ -143,8 +143,22 @@ def test_a_signature_that_never_fires_takes_no_neuron(tiny, data):
     assert written(tiny, data, *tiny.early.signatures, only) == [1, 0]
 
 
-def test_only_gated_mlps_are_compilable(tiny_model, tiny):
+def test_signatures_of_one_home_that_fire_on_the_same_token_share_what_is_missing(tiny, data):
+    """Twice the same one is together as one alone, and what each of three that overlap adds sums up."""
+    capsule = dataclasses.replace(tiny.capsule, signatures=tiny.capsule.signatures * 2)
+    with adapted(tiny.model, SETTINGS, seed=0) as wrapped:
+        passes = Passes(wrapped, [capsule])
+        assert neurons.compile_capsules(passes, data.forget, data.retain, {1: (1, 1)}) == 2
+        assert states(passes, data.held_forget, data.held_retain, 1)["forget"] < 0.3
+    fires = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 1, 0, 1], [0, 0, 0, 1, 0]], dtype=torch.bool)
+    own = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(neurons._added(fires, fires.T.float() @ own), own, atol=1e-4)
+
+
+def test_only_gated_mlps_that_wear_the_lora_are_compilable(tiny_model, tiny):
     with adapted(tiny_model("gpt2"), Settings(rank=2), seed=0) as wrapped:
-        passes = Passes(wrapped, [])
-        assert not neurons.compilable(passes)
+        assert not neurons.compilable(Passes(wrapped, []), {1: (1,)})
         assert parameters(wrapped)
+    for changes, told in (({}, True), ({"blocks": 1}, False), ({"targets": ("attention",)}, False)):
+        with adapted(tiny.model, dataclasses.replace(SETTINGS, **changes), seed=0) as wrapped:
+            assert neurons.compilable(Passes(wrapped, []), {1: (1,)}) == told

@@ -234,6 +234,23 @@ def test_relearning_moves_back_towards_the_reference(trainer):
         assert away() < before
 
 
+def test_an_attack_that_fails_half_way_leaves_the_adapter_as_it_was(trainer, monkeypatch):
+    """Memory may run out in it, and the step is then taken again in smaller parts."""
+    step = trainer()._rows(0, 0, 1)
+    before = {name: p.detach().clone() for name, p in step.adapter.items()}
+    move, moved = durability._move, []
+
+    def once(*args):
+        if moved:
+            raise MemoryError
+        moved.append(move(*args))
+
+    monkeypatch.setattr(durability, "_move", once)
+    with pytest.raises(MemoryError), durability.relearned(step):
+        pass
+    assert all(torch.equal(p, before[name]) for name, p in step.adapter.items())
+
+
 def test_training_under_attack_reaches_the_adapter(trainer):
     t = trainer(pressure=durability.pressures(["relearn", "latent", "4bit"], None))
     assert t.train().steps == 6
