@@ -11,6 +11,7 @@ from kif_runtime.errors import KifError
 from kif_runtime.files import shown
 
 ADMIN_KEY = "KIF_ADMIN_KEY"  # in the environment: vLLM logs its configuration
+REQUIRED = "KIF_REQUIRED"  # set by `kif serve`: a server that lost its kif table on the way must not serve
 
 
 class ConfigError(KifError):
@@ -48,9 +49,17 @@ class KifConfig:
 
     @classmethod
     def of(cls, vllm_config: Any) -> Self | None:
-        """The `kif` entry of a server's configuration, None where there is none. Raises ConfigError."""
+        """The `kif` entry of a server's configuration, None where there is none.
+
+        Raises ConfigError, also where there is none though `kif serve` has started the server.
+        """
         additional = getattr(vllm_config, "additional_config", None)
         if not isinstance(additional, dict) or "kif" not in additional:
+            if os.environ.get(REQUIRED):
+                raise ConfigError(
+                    "kif serve started this server, but no kif table reached it; look for another additional-config "
+                    "among vLLM's flags and in the file of --config, and take it out"
+                )
             return None
         return cls.parse(additional["kif"])
 

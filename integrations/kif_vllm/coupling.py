@@ -116,6 +116,7 @@ INSTANCES = (
 # Called or read.
 USED = (
     Symbol("vllm.config:VllmConfig", None, "additional_config, and what is refused at start-up"),
+    Symbol("vllm.config:KVTransferConfig", None, "which connectors bring in KV"),
     Symbol("vllm.exceptions:VLLMValidationError", None, "HTTP 400"),
     Symbol(
         "vllm.v1.engine.core:EngineCore.collective_rpc", "self method timeout args kwargs", "calls into every worker"

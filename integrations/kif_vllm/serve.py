@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, entry_points
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kif_runtime.errors import KifError
+from kif_runtime.files import shown
 from kif_runtime.models import EMBEDDED, embedded_folder
 
-from .config import KifConfig
+from .config import REQUIRED, KifConfig
 from .engine.library import Library, served_model
 
 PLUGIN = "kif"
@@ -42,7 +45,8 @@ def prepare(model: str, capsules: Path, flags: list[str], environment: dict[str,
     config = KifConfig.parse(additional["kif"])
     _check(folder, config)
     command = [*_command(), folder, *others, FLAG, json.dumps(additional)]
-    return Launch(command, environment | {"VLLM_PLUGINS": _plugins(environment.get("VLLM_PLUGINS"))})
+    plugins = _plugins(environment.get("VLLM_PLUGINS"))
+    return Launch(command, environment | {"VLLM_PLUGINS": plugins, REQUIRED: "1"})
 
 
 def stock(model: str, flags: list[str], environment: dict[str, str]) -> Launch:
@@ -53,16 +57,25 @@ def stock(model: str, flags: list[str], environment: dict[str, str]) -> Launch:
 
 
 def _split(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The value of --additional-config, in either of its two forms, and the flags without it."""
+    """The value of --additional-config, and the flags without it. What vLLM would read as another of it is refused: the
+    last one wins there, so the kif table would be gone.
+    """
     others, text = [], "{}"
     rest = iter(flags)
     for flag in rest:
-        if flag == FLAG:
-            text = next(rest, "")
-        elif flag.startswith(FLAG + "="):
-            text = flag.partition("=")[2]
+        name, given, value = flag.partition("=")
+        name = name.replace("_", "-")
+        if name == FLAG:
+            text = value if given else next(rest, "")
+        elif name.startswith("--ad") and FLAG.startswith(name.partition(".")[0]):
+            raise KifError(
+                f"vLLM would take {shown(flag.partition('=')[0], 60)} for all of {FLAG}; write that as one JSON object"
+            )
         else:
             others.append(flag)
+    for flag, path in pairwise(others):
+        if flag == "--config" and _sets_it(Path(path)):
+            raise KifError(f"the file of --config sets additional-config; take it out, and write it after {FLAG}")
     try:
         content = json.loads(text)
     except ValueError:
@@ -70,6 +83,13 @@ def _split(flags: list[str]) -> tuple[dict[str, Any], list[str]]:
     if not isinstance(content, dict):
         raise KifError(f"{FLAG} is no JSON object; write it as vLLM wants it")
     return content, others
+
+
+def _sets_it(path: Path) -> bool:
+    try:
+        return re.search("additional[-_]config", path.read_text(encoding="utf-8")) is not None
+    except (OSError, ValueError):
+        return False  # vLLM says what is wrong with the file
 
 
 def _check(folder: str, config: KifConfig) -> None:

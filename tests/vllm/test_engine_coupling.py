@@ -1,6 +1,7 @@
 """Every symbol of vLLM that KIF touches exists in this version with the parameters that KIF expects."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ def test_a_symbol_that_is_gone_or_changed_is_named():
     assert ["EngineCore.gone" in found[0], "vllm.nowhere" in found[1], "something" in found[2]] == [True] * 3
     with pytest.raises(RuntimeError, match=r"0\.32"):
         coupling.check([gone])
+
+
+def test_vllms_warm_up_is_inside_what_is_taken_for_its_set_up():
+    """After it a request without a frozen set stops the step; the warm-up sends such requests on a GPU."""
+    set_up = coupling.resolve("vllm.v1.engine.core:EngineCore._initialize_kv_caches")[2]
+    assert "compile_or_warm_up_model()" in inspect.getsource(set_up)
 
 
 def test_only_listed_functions_can_be_wrapped():

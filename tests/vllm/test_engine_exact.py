@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from kif_runtime.errors import RequestError
+
 pytestmark = pytest.mark.slow
 
 PLAIN = [
@@ -115,6 +117,14 @@ def test_the_proof_runs_in_a_working_engine_and_leaves_no_trace(served):
     assert all(site["fired"] == site["tokens"] > 40 for site in result["sites"].values())
     assert [a.tokens for a in served.ask(PLAIN[:2])] == [a.tokens for a in before]
     assert not any("kif-proof" in name for name in served.worker.bank.capsules)
+
+
+def test_once_the_engine_is_up_a_request_without_a_frozen_set_stops_the_step(served, monkeypatch):
+    """Until then vLLM's warm-up sends such requests; were that never over, the proof would fail."""
+    with pytest.raises(RequestError, match="frozen"):
+        served.worker.begin(["r"], [None], torch.tensor([0, 4], dtype=torch.int32), 4)
+    monkeypatch.setattr(served.worker, "warming", True)
+    assert served.command("verify")["kind"] == "ProofError"
 
 
 @pytest.mark.parametrize("fault", ["gate shut", "wrong plane", "row lost"])

@@ -21,9 +21,9 @@ def two(small):  # noqa: F811
 
 def test_gates_are_the_same_on_both_ranks_bit_for_bit(small, two):  # noqa: F811
     chosen = CapsuleSet("", (version(small[2].id, small[2].digest),))
-    two.core.collective_rpc(witness.start)
+    two.core.collective_rpc(witness.start, args=(chosen, 1000))
     answers = ask(two, ["half"])
-    first, second = two.core.collective_rpc(witness.stop, args=(chosen,))
+    first, second = two.core.collective_rpc(witness.stop)
     assert first[SITE]["gates"] == second[SITE]["gates"]
     assert 0 < first[SITE]["fired"] < first[SITE]["tokens"]
     assert first[SITE]["fired"] == sum(a.fired["half"] for a in answers)

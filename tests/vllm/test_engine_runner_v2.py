@@ -8,6 +8,7 @@ from test_plugin_worker import CAPSULES, SITE, frozen, room, v
 
 from capsules import D
 from kif_vllm.sets import KEY, base_of
+from kif_vllm.worker.install import serve
 from kif_vllm.worker.runner_v2 import Listener, attach
 from kif_vllm.worker.site import Site
 from kif_vllm.worker.suppression import Change, Suppression
@@ -107,6 +108,45 @@ def test_a_request_that_was_not_frozen_stops_the_batch(listener):
     listener.add_request(0, new_request("r", None))
     with pytest.raises(Exception, match="frozen"):
         listener.prepare_inputs(batch(["r"], [5]), None)
+
+
+def warm_up(listener, suppression):
+    """vLLM's own, with a runner that only tells the listener; the rows of its tokens, step by step."""
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
+
+    seen = []
+
+    def execute(output):
+        for index, new in enumerate(output.scheduled_new_reqs):
+            listener.add_request(index, new)
+        if output.num_scheduled_tokens:
+            listener.prepare_inputs(batch(*zip(*output.num_scheduled_tokens.items(), strict=True)), None)
+            seen.append(set(suppression.batch.rows.tolist()))
+        for id in output.finished_req_ids:
+            listener.remove_request(id)
+
+    runner = SimpleNamespace(
+        is_pooling_model=False, max_num_reqs=8, num_speculative_steps=0, max_model_len=64, model_state=listener,
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[], num_blocks=8),
+        vllm_config=SimpleNamespace(num_lookahead_tokens=0),
+        kv_connector=SimpleNamespace(set_disabled=lambda off: None),
+    )  # fmt: skip
+    assert run_mixed_prefill_decode_warmup(runner, execute, lambda output: None, 16)
+    return seen
+
+
+def test_requests_of_vllms_warm_up_have_no_set(listener, suppression):
+    """It sends requests of its own, in batches like any other, before the first is served."""
+    suppression.warming = True
+    assert warm_up(listener, suppression) == [{-1}, {-1}]
+    assert suppression.figures()["tokens_seen"] == 0
+
+
+def test_once_the_set_up_is_over_such_requests_stop_the_step(listener, suppression):
+    suppression.warming = True
+    serve(SimpleNamespace(model_runner=SimpleNamespace(kif=suppression)))
+    with pytest.raises(Exception, match="frozen"):
+        warm_up(listener, suppression)
 
 
 def test_a_batch_with_a_stranger_in_it_is_refused(listener):

@@ -141,3 +141,10 @@ def test_a_set_that_is_retired_is_not_found_again(ledger):
     ledger.retire([v(FRANCE)])
     with pytest.raises(KeyError):
         ledger.versions(CapsuleSet(chosen.base))
+
+
+def test_requests_that_come_and_go_leave_nothing_behind_where_nothing_is_ever_changed(ledger):
+    for turn in range(1000):
+        ledger.freeze(f"r{turn}", [])
+        ledger.release(f"r{turn}")
+    assert len(ledger._live) + len(ledger._released) <= 2

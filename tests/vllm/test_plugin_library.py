@@ -29,6 +29,16 @@ def touch(path, content):
     os.utime(path, ns=(1, 1))
 
 
+def look(library):
+    """Changes as a server takes them that has room for all: ids to load, ids that are gone, problems."""
+    found, gone, problems = library.changes()
+    for each in found:
+        library.keep(each)
+    for id in gone:
+        library.forget(id)
+    return [each.capsule.id for each in found], gone, problems
+
+
 def test_all_capsules_are_read_and_other_files_left_alone(library):
     (library.folder / "note.txt").write_text("x")
     (library.folder / f".{name('hidden')}").write_bytes(b"")
@@ -73,13 +83,35 @@ def test_a_link_out_of_the_directory_is_refused(library, tmp_path):
 
 def test_changes_are_found_once(library):
     library.read_all()
-    assert library.changes() == ([], [], [])
+    assert look(library) == ([], [], [])
     JAPAN.save(library.folder / name("japan"))
-    load, gone, problems = library.changes()
-    assert ([c.id for c in load], gone, problems) == (["japan"], [], [])
+    assert look(library) == (["japan"], [], [])
     (library.folder / name("france")).unlink()
-    assert library.changes() == ([], ["france"], [])
-    assert library.changes() == ([], [], [])
+    assert look(library) == ([], ["france"], [])
+    assert look(library) == ([], [], [])
+
+
+def test_a_change_is_found_again_until_it_is_made(library):
+    library.read_all()
+    JAPAN.save(library.folder / name("japan"))
+    (library.folder / name("france")).unlink()
+    for _ in range(2):
+        found, gone, _ = library.changes()
+        assert ([f.capsule.id for f in found], gone) == (["japan"], ["france"])
+    assert library.postpone(found[0])
+    assert not library.postpone(found[0])
+    library.keep(found[0])
+    library.forget("france")
+    assert look(library) == ([], [], [])
+
+
+def test_two_new_files_of_one_id_are_one_and_a_problem(library):
+    library.read_all()
+    JAPAN.save(library.folder / name("japan"))
+    JAPAN.save(library.folder / name("nippon"))
+    load, _, problems = look(library)
+    assert (load, len(problems)) == (["japan"], 1)
+    assert look(library) == ([], [], [])
 
 
 def test_a_replaced_file_is_loaded_again(library):
@@ -87,15 +119,15 @@ def test_a_replaced_file_is_loaded_again(library):
     newer = replace(FRANCE, calibration={"note": "mined again"})
     newer.save(library.folder / name("france"))
     load, gone, _ = library.changes()
-    assert [c.digest for c in load] == [newer.digest]
+    assert [f.capsule.digest for f in load] == [newer.digest]
     assert gone == []
 
 
 def test_a_renamed_file_is_no_removal(library):
     library.read_all()
     (library.folder / name("france")).rename(library.folder / name("frankreich"))
-    load, gone, problems = library.changes()
-    assert ([c.id for c in load], gone, problems) == (["france"], [], [])
+    assert look(library) == (["france"], [], [])
+    assert look(library) == ([], [], [])
 
 
 def test_a_bad_file_is_reported_once_and_what_was_loaded_stays(library):
@@ -105,7 +137,7 @@ def test_a_bad_file_is_reported_once_and_what_was_loaded_stays(library):
     assert (load, gone, len(problems)) == ([], [], 1)
     assert library.changes() == ([], [], [])
     FRANCE.save(library.folder / name("france"), overwrite=True)
-    assert [c.id for c in library.changes()[0]] == ["france"]
+    assert look(library)[0] == ["france"]
 
 
 def test_a_second_file_of_a_loaded_id_is_refused_while_the_first_is_there(library):

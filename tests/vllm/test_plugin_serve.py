@@ -1,6 +1,7 @@
 """kif serve: everything is checked before the engine starts, and the user's own flags and plugins stay."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -9,6 +10,7 @@ import kif_vllm.serve as serve
 from kif_cli.main import app
 from kif_runtime import Capsule
 from kif_runtime.errors import KifError
+from kif_vllm.config import ConfigError, KifConfig
 
 
 @pytest.fixture
@@ -50,13 +52,60 @@ def test_the_command_names_the_model_the_flags_and_the_directory(model, folder):
     assert additional(launch) == {"kif": {"capsules": str(folder)}}
 
 
-@pytest.mark.parametrize("form", ["two", "one"])
-def test_the_users_own_additional_config_is_kept(model, folder, form):
+@pytest.mark.parametrize("flag", ["--additional-config", "--additional_config", "--additional-config="])
+def test_the_users_own_additional_config_is_kept(model, folder, flag):
     own = json.dumps({"other": 1, "kif": {"mandatory": ["it"], "watch": 0}})
-    flags = ["--additional-config", own] if form == "two" else [f"--additional-config={own}"]
+    flags = [flag + own] if flag.endswith("=") else [flag, own]
     launch = prepare(model, folder, flags)
     assert additional(launch) == {"other": 1, "kif": {"mandatory": ["it"], "watch": 0, "capsules": str(folder)}}
-    assert sum("--additional-config" in part for part in launch.command) == 1
+    assert sum(part.startswith("--additional") for part in launch.command) == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--additional-config.other", "1"],
+        ["--additional_config.kif.watch=0"],
+        ["--additional-config.other+", "a,b"],
+        ["--additional-conf", '{"other": 1}'],
+        ["--additional_c.other", "1"],
+    ],
+)
+def test_a_flag_that_vllm_would_read_in_place_of_the_kif_table_is_refused(model, folder, flags):
+    with pytest.raises(KifError, match="for all of --additional-config; write that as one JSON object"):
+        prepare(model, folder, ["--port", "1", *flags])
+
+
+@pytest.mark.parametrize("line", ["additional-config.other: 1", "additional_config: {other: 1}"])
+def test_a_file_of_flags_that_sets_it_is_refused(model, folder, tmp_path, line):
+    path = tmp_path / "flags.yaml"
+    path.write_text(f"port: 1\n{line}\n")
+    with pytest.raises(KifError, match="--config"):
+        prepare(model, folder, ["--config", str(path)])
+    path.write_text("port: 1\n")
+    assert str(path) in prepare(model, folder, ["--config", str(path)]).command
+
+
+def test_a_server_whose_kif_table_was_lost_on_the_way_does_not_start(model, folder, monkeypatch):
+    for name, value in prepare(model, folder).environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="no kif table reached it"):
+        KifConfig.of(SimpleNamespace(additional_config={"other": 1}))
+
+
+@pytest.mark.slow
+def test_vllms_own_parser_finds_the_kif_table(model, folder):
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    launch = prepare(model, folder, ["--additional_config", '{"other": 1}', "--max-model-len", "64"])
+    given = launch.command[launch.command.index("--max-model-len") :]
+    assert parser.parse_args(given).additional_config == {"other": 1, "kif": {"capsules": str(folder)}}
+    for flags in (["--additional-conf", "{}"], ["--ad", "{}"], ["--additional-conf.other", "1"]):
+        assert "kif" not in parser.parse_args([*given, *flags]).additional_config  # why these are refused
+        with pytest.raises(KifError):
+            prepare(model, folder, flags)
 
 
 def test_plugins_that_load_by_themselves_are_named_too_and_a_users_choice_is_kept(model, folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from capsules import BLOCKS, D, capsule, signature
 from kif_kernels import suppress_
 from kif_runtime.errors import BankError, RequestError
 from kif_vllm.sets import NOTHING, CapsuleSet, base_of, version
+from kif_vllm.worker import witness
 from kif_vllm.worker.site import Site
 from kif_vllm.worker.suppression import Change, Room, Suppression
 
@@ -182,3 +184,21 @@ def test_a_change_that_does_not_fit_changes_nothing(worker):
     with pytest.raises(BankError, match="max_capsules"):
         worker.apply(Change(add=tuple(made(f"n{i}", i) for i in range(5))))
     assert set(worker.bank.capsules) == held
+
+
+def test_the_witness_keeps_the_tokens_of_its_set_alone_and_no_more_than_it_was_told(worker):
+    site, chosen = worker.sites[SITE], frozen(("c",))
+    inside = SimpleNamespace(model_runner=SimpleNamespace(kif=worker))
+    batch = [("others", frozen(("d",)), 30), ("r", chosen, 8), ("plain", NOTHING, 20)]
+    x = torch.randn(58, D, generator=torch.Generator().manual_seed(2))
+    witness.start(inside, chosen, 10)
+    forward(worker, batch[:1], x)
+    assert sum(before.numel() + after.numel() for before, after, _ in site.witness) == 0
+    forward(worker, batch, x)
+    forward(worker, batch, x)
+    assert [len(before) for before, _, _ in site.witness] == [0, 8, 2]
+    assert torch.equal(site.witness[1][0], x[30:38])
+    found = witness.stop(inside)[SITE]
+    assert found["tokens"] == 10
+    assert 0 < found["fired"] < 10
+    assert found["error"] <= found["allowed"]

@@ -16,7 +16,10 @@ def set_up(inner: Inner, core: Any, vllm_config: Any) -> Any:
     """After the model is loaded, before anything runs through it. An error here ends the start of the server."""
     config = KifConfig.of(vllm_config)
     core.kif = None if config is None else Service(core, config)
-    return inner(core, vllm_config)
+    result = inner(core, vllm_config)  # ends with every worker's compile_or_warm_up_model
+    if core.kif is not None:
+        core.kif.serve()
+    return result
 
 
 def freeze(inner: Inner, core: Any, request: Any) -> Any:

@@ -45,6 +45,7 @@ class Ledger:
                 named = {self._current[id] for id in asked}
             except (KeyError, TypeError):
                 raise RequestError(UNKNOWN) from None
+            self._settle()  # here, so that on a server that nobody changes the past does not pile up
             chosen = CapsuleSet(self._base, tuple(sorted(named.difference(self._bases[self._base]))))
             self._live[request] = chosen
             self._remembered[request] = self.versions(chosen)
@@ -142,6 +143,10 @@ class Ledger:
         with self._lock:
             return sorted(id for id in self._current if self._is_mandatory(id))
 
+    def is_named(self, id: str) -> bool:
+        """Whether the configuration makes this very id mandatory."""
+        return self._rule != "all" and id in self._rule
+
     @property
     def live(self) -> int:
         """How many requests there are."""
@@ -156,7 +161,7 @@ class Ledger:
             self._doomed.discard(request)
 
     def _is_mandatory(self, id: str) -> bool:
-        return self._rule == "all" or id in self._rule
+        return self._rule == "all" or self.is_named(id)
 
     def _versions_of(self, chosen: CapsuleSet) -> tuple[str, ...]:
         return tuple(sorted((*self._bases[chosen.base], *chosen.extra)))

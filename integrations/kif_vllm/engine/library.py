@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kif_runtime.capsule import Capsule
 from kif_runtime.errors import CapsuleError, KifError
@@ -32,12 +33,21 @@ class Served:
 Stamp = tuple[int, int, int]
 
 
+class Found(NamedTuple):
+    """A new or changed file of the directory."""
+
+    name: str
+    stamp: Stamp
+    capsule: Capsule
+
+
 class Library:
     """`folder` holds capsules as `NAME.kif.safetensors`; the id is in the file, and two files may not share one."""
 
     def __init__(self, folder: Path, served: Served) -> None:
         self.folder, self.served = folder, served
         self._seen: dict[str, tuple[Stamp, str | None]] = {}  # file name → (its state, the id it holds)
+        self._postponed: dict[str, Stamp] = {}
 
     def names(self) -> list[str]:
         """Names of the capsule files there are now. Hidden and temporary files are not among them."""
@@ -72,32 +82,51 @@ class Library:
             self._seen[name] = (stamp, capsule.id)
         return [capsule for _, capsule in found.values()]
 
-    def changes(self) -> tuple[list[Capsule], list[str], list[str]]:
-        """Since the last look: (capsules of new or changed files, ids whose files are gone, one line per bad file).
+    def changes(self) -> tuple[list[Found], list[str], list[str]]:
+        """(new or changed files, ids whose files are gone, one line per bad file); the first two until `keep` and
+        `forget` are called.
 
         A bad file is reported once, and looked at again when it changes; what it held before stays. The lines go to the
         server's log, and a file's name may be that of a subject, so they tell its place among the names instead.
         """
         load, problems = [], []
         names = self.names()
+        seen = dict(self._seen)  # as it will be if all goes well
         for name in names:
-            stamp, known = self._stamp(name), self._seen.get(name)
+            stamp, known = self._stamp(name), seen.get(name)
             if known is not None and known[0] == stamp:
                 continue
             id = known[1] if known else None
             try:
                 capsule = self.read(name)
-                others = [n for n, (_, held) in self._seen.items() if held == capsule.id and n != name and n in names]
+                others = [n for n, (_, held) in seen.items() if held == capsule.id and n != name and n in names]
                 if others:
                     raise CapsuleError(f"{name} and {others[0]} hold capsules of one id; keep one of them")
-                load.append(capsule)
+                load.append(Found(name, stamp, capsule))
                 id = capsule.id
             except CapsuleError as problem:
                 problems.append(self._unnamed(str(problem), names))
-            self._seen[name] = (stamp, id)
-        gone = [name for name in self._seen if name not in names]
-        left = {self._seen.pop(name)[1] for name in gone} - {held for _, held in self._seen.values()}
-        return load, sorted(id for id in left if id is not None), problems
+                self._seen[name] = (stamp, id)
+            seen[name] = (stamp, id)
+        there = {held for name, (_, held) in seen.items() if name in names}
+        gone = {held for name, (_, held) in seen.items() if name not in names and held is not None}
+        return load, sorted(gone - there), problems
+
+    def keep(self, found: Found) -> None:
+        """This file is done with until it changes: its capsule is loaded, or never will be."""
+        self.forget(found.capsule.id)
+        self._seen[found.name] = (found.stamp, found.capsule.id)
+        self._postponed.pop(found.name, None)
+
+    def forget(self, id: str) -> None:
+        """No file holds this id, and what that meant was done."""
+        self._seen = {name: state for name, state in self._seen.items() if state[1] != id}
+
+    def postpone(self, found: Found) -> bool:
+        """This file is tried again at the next look. Gives whether that is news."""
+        news = self._postponed.get(found.name) != found.stamp
+        self._postponed[found.name] = found.stamp
+        return news
 
     def _unnamed(self, text: str, names: list[str]) -> str:
         for name in sorted(names, key=len, reverse=True):  # one may be the end of another

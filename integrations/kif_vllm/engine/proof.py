@@ -45,9 +45,9 @@ def prove(core: Any) -> dict[str, Any]:
 def _run(core: Any, chosen: CapsuleSet, tag: str) -> list[dict[int, dict[str, Any]]]:
     """Per rank and site, what was witnessed while the probe request ran."""
     request = _request(core, chosen, tag)
-    core.collective_rpc(witness.start)
-    core.scheduler.add_request(request)
     prompt = request.num_prompt_tokens
+    core.collective_rpc(witness.start, args=(chosen, 2 * prompt))  # some may be computed again, after a preemption
+    core.scheduler.add_request(request)
     deadline = time.monotonic() + SECONDS
     try:
         while not request.is_finished():
@@ -60,7 +60,7 @@ def _run(core: Any, chosen: CapsuleSet, tag: str) -> list[dict[int, dict[str, An
                 core.post_step(executed)
     finally:
         core.abort_requests([request.request_id])  # where it is not finished; its capsule is about to go
-        seen = core.collective_rpc(witness.stop, args=(chosen,))
+        seen = core.collective_rpc(witness.stop)
     counts = core.collective_rpc(install.evidence, args=(request.request_id,))
     if chosen and any(sum((count or {}).values()) <= prompt for count in counts):
         raise ProofError(f"the gate was counted on {counts} of {prompt} tokens and those generated after them")

@@ -48,6 +48,10 @@ class Service:
         self._change(load=capsules, in_flight="finish")  # there is no scheduler yet, and no request
         log.info("KIF: %d capsules, %d mandatory, sites %s", len(capsules), len(self.ledger.mandatory), self.room.sites)
 
+    def serve(self) -> None:
+        """vLLM's set-up is over, warm-up and the recording of graphs with it: what comes now are requests."""
+        self._rpc(install.serve)
+
     # -- requests
 
     def freeze(self, request: Any) -> None:
@@ -88,20 +92,36 @@ class Service:
         return self._change(unload=[id], in_flight=in_flight)
 
     def rescan(self) -> dict[str, Any]:
-        """What changed in the directory since the last look. A bad file is refused alone; all else goes on."""
-        load, gone, problems = self.library.changes()
-        gone = [id for id in gone if id in self.ledger.current]
-        done = []
-        for capsule in load:
+        """What changed in the directory since the last look. A bad file is refused alone; all else goes on.
+
+        `waiting`: how many files may do better at another look, such as those for which there was no room.
+        """
+        found, gone, problems = self.library.changes()
+        done, waiting = [], 0
+        for id in gone:  # first: they make room
+            if (held := self.ledger.current.get(id)) is not None and self.ledger.is_named(id):
+                problems.append(
+                    f"the file of a mandatory capsule, of digest {digest_of(held)[:12]}, is gone; the capsule still "
+                    "applies; put the file back, or take the id out of the configuration and restart"
+                )
+            elif held is not None:
+                done.append(self._change(unload=[id]) | {"act": "unload"})
+            self.library.forget(id)
+        for file in found:
+            capsule = file.capsule
             try:
                 done.append(self._change(load=[capsule]) | {"act": "load"})
             except KifError as problem:  # goes to the server's log, which names no capsule
-                whole = repr(version(capsule.id, capsule.digest))
-                problems.append(str(problem).replace(whole, f"of digest {capsule.digest[:12]}"))
-        for id in gone:
-            done.append(self._change(unload=[id]) | {"act": "unload"})
+                is_final = isinstance(problem, CapsuleError)
+                waiting += not is_final
+                if is_final or self.library.postpone(file):
+                    whole = repr(version(capsule.id, capsule.digest))
+                    problems.append(str(problem).replace(whole, f"of digest {capsule.digest[:12]}"))
+                if not is_final:
+                    continue
+            self.library.keep(file)
         self.retire()
-        return {"changes": done, "refused": problems, "generation": self.ledger.generation}
+        return {"changes": done, "refused": problems, "waiting": waiting, "generation": self.ledger.generation}
 
     def evidence(self, requests: list[str]) -> dict[str, Any]:
         """{"applied": ids, "fired": id → tokens}, summed over those of `requests` that this engine still remembers."""

@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from kif_runtime.errors import KifError
@@ -18,6 +19,7 @@ from .metrics import Metrics
 log = logging.getLogger("vllm.kif")
 
 CHANGES = ("load", "unload", "rescan")
+RETRY = 5.0  # seconds until files that wait for room are tried again
 
 
 class ControlError(KifError):
@@ -105,21 +107,32 @@ class Control:
         """Rescan when a file of the directory was added, replaced or removed. After an error the watch goes on."""
         seen = None
         while True:
+            pause = seconds
             try:
                 now = await asyncio.to_thread(self._listing)
                 if now != seen:
                     result = await self.command("rescan")
                     for problem in result["refused"]:
-                        log.warning("KIF refused a file of its directory: %s", problem)
+                        log.warning("KIF refused a file's change in its directory: %s", problem)
                     seen = now
+                    if result["waiting"]:
+                        seen, pause = None, max(seconds, RETRY)
+            except OSError as problem:  # its text has a path, and a file's name may be that of a subject
+                log.error("KIF cannot look after its directory: %s", problem.strerror or type(problem).__name__)
             except Exception as problem:
                 log.error("KIF cannot look after its directory: %s", problem)
-            await asyncio.sleep(seconds)
+            await asyncio.sleep(pause)
 
     def _listing(self) -> list[tuple[str, int, int]]:
         assert self._config is not None
+        found = []
         with os.scandir(self._config.capsules) as entries:
-            return sorted((e.name, e.stat().st_mtime_ns, e.stat().st_size) for e in entries if e.is_file())
+            for entry in entries:
+                with suppress(FileNotFoundError):  # gone since it was listed
+                    if entry.is_file():
+                        status = entry.stat()
+                        found.append((entry.name, status.st_mtime_ns, status.st_size))
+        return sorted(found)
 
     def _audit(self, command: str, answers: list[dict[str, Any]]) -> None:
         """One JSON line for each admin act that did something or was refused; digests only, never a name or an id."""

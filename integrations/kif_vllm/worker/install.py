@@ -29,6 +29,7 @@ def install(worker: Any, room: Room, stamp: dict[str, Any]) -> list[int]:
     config, model = worker.vllm_config, runner.get_model()
     config.additional_config["kif_stamp"] = stamp
     suppression = runner.kif = Suppression(room, runner.device)
+    suppression.warming = True
     compiled = bool(config.compilation_config.mode)
     place = place_of(model)
     for block in room.sites:
@@ -43,6 +44,11 @@ def install(worker: Any, room: Room, stamp: dict[str, Any]) -> list[int]:
             put_exact(module, site, norm=place.norm is not None)
     (runner_v2 if config.use_v2_model_runner else runner_v1).attach(runner, suppression)
     return sorted(suppression.sites)
+
+
+def serve(worker: Any) -> None:
+    """vLLM's warm-up is over: from here on a request without a frozen set stops the step."""
+    _runner(worker).kif.warming = False
 
 
 def apply(worker: Any, change: Change) -> dict[str, str]:

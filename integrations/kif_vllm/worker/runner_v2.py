@@ -31,7 +31,9 @@ class Listener:
         self._inner.remove_request(req_id)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        """Right before the forward, eager, piecewise or replayed. Dummy batches have ids that nobody added."""
+        """Right before the forward, eager, piecewise or replayed. Dummy batches have ids that nobody added; those of
+        vLLM's warm-up were added, without a set, and `Suppression.warming` is for them.
+        """
         requests = list(input_batch.req_ids)
         if any(id not in self._sets for id in requests):
             if any(id in self._sets for id in requests):

@@ -1,6 +1,7 @@
 """One site in a worker: the forward that is put there, for eager and for compiled models."""
 
 import time
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -15,7 +16,8 @@ from .batch import Batch
 class Site:
     """Site `block`. `batch` says which capsule set each token has; `tensors` are the bank's.
 
-    witness: None, or a list to which every call appends (the sum [N, D], what it became [N, D], rows [N]).
+    witness: None, or a list to which every call appends (the sum [K, D], what it became [K, D], rows [K]) of the tokens
+    that `watched` chooses, given rows [N]; of all where that is None.
     needed: whether any set of the running batch has a signature here; where none has, there is nothing to look for.
     seconds: time spent here, on the CPU.
     """
@@ -23,6 +25,7 @@ class Site:
     def __init__(self, block: int, tensors: SiteTensors, batch: Batch) -> None:
         self.block, self.tensors, self.batch = block, tensors, batch
         self.witness: list[tuple[Tensor, Tensor, Tensor]] | None = None
+        self.watched: Callable[[Tensor], Tensor] | None = None
         self.needed = True
         self.seconds = 0.0
 
@@ -32,20 +35,22 @@ class Site:
             return
         start = time.perf_counter()
         rows, hits = self.batch.of(x.shape[0])
-        before = x.clone() if self.witness is not None else x
+        seen = self._seen(rows)
+        before = None if seen is None else x[seen]
         suppress_(x, rows, self.tensors, hits, listed(x, rows, self.tensors, self.batch.buffers))
-        self._end(start, before, x, rows)
+        self._end(start, seen, before, x, rows)
 
     def add_norm(self, hidden: Tensor, residual: Tensor, weight: Tensor, epsilon: float, one_plus: bool) -> None:
         """residual ← suppress(hidden + residual), hidden ← its norm: the fused form, in place."""
         start = time.perf_counter()
         rows, hits = self.batch.of(hidden.shape[0])
-        before = hidden + residual if self.witness is not None else residual
+        seen = self._seen(rows)
+        before = None if seen is None else hidden[seen] + residual[seen]
         found = listed(hidden, rows, self.tensors, self.batch.buffers, residual=residual)
         add_norm_suppress_(
             hidden, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits, candidates=found
         )
-        self._end(start, before, residual, rows)
+        self._end(start, seen, before, residual, rows)
 
     def after_norm(self, normed: Tensor, residual: Tensor, weight: Tensor, epsilon: float, one_plus: bool) -> None:
         """The exact form: stock vLLM has made both; only tokens that fire are edited, in place, in both."""
@@ -53,20 +58,27 @@ class Site:
             return
         start = time.perf_counter()
         rows, hits = self.batch.of(residual.shape[0])
-        before = residual.clone() if self.witness is not None else residual
+        seen = self._seen(rows)
+        before = None if seen is None else residual[seen]
         found = listed(residual, rows, self.tensors, self.batch.buffers)
         suppress_normed_(
             normed, residual, rows, self.tensors, weight, epsilon, one_plus=one_plus, hits=hits, candidates=found
         )
-        self._end(start, before, residual, rows)
+        self._end(start, seen, before, residual, rows)
 
     def _skipped(self) -> bool:
         return not self.needed and self.witness is None
 
-    def _end(self, start: float, before: Tensor, after: Tensor, rows: Tensor) -> None:
+    def _seen(self, rows: Tensor) -> Tensor | None:
+        """Which tokens the witness wants; None where there is no witness."""
+        if self.witness is None:
+            return None
+        return torch.arange(len(rows), device=rows.device) if self.watched is None else self.watched(rows)
+
+    def _end(self, start: float, seen: Tensor | None, before: Tensor | None, after: Tensor, rows: Tensor) -> None:
         self.seconds += time.perf_counter() - start
-        if self.witness is not None:
-            self.witness.append((before, after.clone(), rows.clone()))
+        if self.witness is not None and seen is not None and before is not None:
+            self.witness.append((before, after[seen], rows[seen]))
 
 
 def put_exact(module: nn.Module, site: Site, *, norm: bool) -> None:

@@ -72,6 +72,7 @@ class Suppression:
         self.batch = Batch(room.max_tokens, room.capsules, map(self.bank.site, room.sites), device)
         self.tally = Tally(room.requests, room.capsules, device)
         self.sites: dict[int, Site] = {}
+        self.warming = False  # between `install` and `serve`, while vLLM sends requests of its own through the model
         self._bases: dict[str, tuple[str, ...]] = {"": ()}
         self._rows: OrderedDict[CapsuleSet, Row] = OrderedDict()
         self._may_skip = device.type == "cpu"  # on a GPU a graph may be recorded, for other batches than this one
@@ -96,6 +97,8 @@ class Suppression:
 
         Raises RequestError for a request whose set is none that the engine froze.
         """
+        if self.warming:
+            return self.idle()  # the proof, which comes after it, would see if this were never over
         self.end()
         if any(type(chosen) is not CapsuleSet for chosen in sets):
             raise RequestError("a request reached the model without a frozen capsule set; nothing is computed for it")
@@ -118,9 +121,10 @@ class Suppression:
         self.end()
         self.batch.clear()
 
-    def row_of(self, chosen: CapsuleSet) -> int:
-        """The bank's row of a set that a batch has had lately; -1 for the empty set and for others."""
-        return self._rows.get(chosen, NO_ROW).number
+    def row_of(self, chosen: CapsuleSet) -> int | None:
+        """The bank's row of a set that a batch has had lately, -1 for the empty set; None for others."""
+        row = NO_ROW if chosen == NOTHING else self._rows.get(chosen)
+        return None if row is None else row.number
 
     def evidence(self, request: str) -> dict[str, int] | None:
         """Version → tokens on which it fired, of one request."""
