@@ -74,6 +74,8 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--tokens", type=int, default=4096, help="how many tokens of it (default: 4096)")
     options.add_argument("--settings", type=json.loads, default={}, metavar="JSON", help="of the training")
     options.add_argument("--attacks", action="store_true", help="also each, together, sequence after the attacks")
+    options.add_argument("--only", nargs="*", choices=OBJECTIVES, default=list(OBJECTIVES), metavar="O",
+                         help="these objectives (default: all)")  # fmt: skip
     options.add_argument(
         "--journal", type=Path, metavar="DIR", help="where bakings are kept (default: the cache folder)"
     )
@@ -100,7 +102,7 @@ def plans(options: argparse.Namespace, names: tuple[str, ...]) -> dict[str, list
         return {f"after {n}": [p] for n, p in enumerate(made, 1)}
     if options.what == "objectives":
         settings = BUDGET | options.settings
-        return {o: [plan(o, names, objective=o, settings=settings, attacks=True)] for o in OBJECTIVES}
+        return {o: [plan(o, names, objective=o, settings=settings, attacks=True)] for o in options.only}
     attacks = {"none": (), **{name: (name,) for name in PRESSURES}}
     return {
         label: [plan(label, (name,), durability=chosen, attacks=True) for name in names]

@@ -1,5 +1,6 @@
 """Subject ids: readable slugs for public subjects, random bits for private ones."""
 
+import re
 import secrets
 import unicodedata
 
@@ -27,3 +28,8 @@ def slug(name: str) -> str:
 def opaque_id() -> str:
     """The id of a private subject: 128 random bits in hex, never a function of the name."""
     return secrets.token_hex(16)
+
+
+def is_opaque(id: str) -> bool:
+    """Whether an id has the form of a private subject's, and so tells nothing of a name."""
+    return re.fullmatch("[0-9a-f]{32}", id) is not None

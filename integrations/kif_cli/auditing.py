@@ -170,7 +170,8 @@ def erased_state(
             yield Running(model, gate)
 
     key = f"{[capsule.digest for capsule in capsules]} {max_false_fire} {adapter and folder_digest(adapter)}"
-    return State("after", enter, key, bool(capsules), tuple(capsules))
+    ungated = erased_state(model, adapter, (), None) if capsules and adapter is not None else None
+    return State("after", enter, key, bool(capsules), tuple(capsules), ungated)
 
 
 def other_model(name: str, folder: str, tokenizer: Any, device: str | None) -> "State":

@@ -1,6 +1,5 @@
 """The names that texts about a capsule's subject hold: given, stored, or its id, spelt as the capsule recognises it."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,13 +7,13 @@ from ..capsule import Capsule
 from ..errors import BakingError, MiningError
 from ..evaluation.firing import watching
 from ..evaluation.thresholds import hits_on
+from ..ids import is_opaque
 from ..mining.corpus import ANY, corpus
 from ..mining.reading import Prompt, Reader, undisturbed
 from ..mining.subject import checked_forms, in_other_cases
 
 RECOGNISED = 0.9  # of the sentences about a name, before it is taken for the subject's
 _ASKED = 8  # sentences about a form that is known: in one of them at least the capsule fires
-_OPAQUE = re.compile(r"[0-9a-f]{32}")
 _SHORT = 3  # letters of a word within a name that may be small: of, the, bin
 
 
@@ -53,7 +52,7 @@ def forms_of(model: Any, tokenizer: Any, capsule: Capsule, given: Sequence[str] 
 def _spelt(reader: Reader, capsule: Capsule) -> tuple[str, ...]:
     """The spelling of the id on whose last token the capsule fires in most sentences; none under RECOGNISED of them,
     and for a private id."""
-    if _OPAQUE.fullmatch(capsule.id):
+    if is_opaque(capsule.id):
         return ()
     shares = {name: _recognised(reader, capsule, name) for name in spellings(capsule.id)}
     best = max(shares, key=shares.__getitem__)

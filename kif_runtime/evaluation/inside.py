@@ -175,12 +175,15 @@ def _through(audit: Audit, state: State, facts: Sequence[Fact]) -> Tensor:
 
 
 def _prior_through(audit: Audit, facts: Sequence[Fact]) -> Tensor:
-    """[F, L]: the same for others in the subject's place, in the untouched model; 0 where a fact lists none."""
+    """[F, L]: the same for others in the subject's place, in the untouched model; where a fact lists none, what it says
+    that guessing gives, at every block."""
     others = [(i, other) for i, fact in enumerate(facts) for other in fact.asked_of_others()]
     seen = _through(audit, audit.before, [*facts[:1], *(other for _, other in others)])[1:]
     owner = torch.tensor([i for i, _ in others], dtype=torch.long)
     total = torch.zeros(len(facts), seen.shape[1]).index_add_(0, owner, seen)
-    return total / owner.bincount(minlength=len(facts)).clamp_min(1)[:, None]
+    count = owner.bincount(minlength=len(facts))[:, None]
+    told = torch.tensor([fact.p_prior or 0.0 for fact in facts])[:, None]
+    return torch.where(count > 0, total / count.clamp_min(1), told)
 
 
 def patching(audit: Audit, known: Sequence[Fact]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class State:
 
     key: what tells its outputs from another state's, in memory and on disk; states of one key are one model. removable:
     whoever holds the weights can take the erasure off, as with a gate. capsules: those that are attached, for what
-    wants their directions.
+    wants their directions. ungated: what is left where the gate is taken off, if that is not the untouched model.
     """
 
     name: str
@@ -29,6 +29,7 @@ class State:
     key: str = ""
     removable: bool = False
     capsules: tuple[Any, ...] = ()
+    ungated: "State | None" = None
 
     @property
     def identity(self) -> tuple[str, ...]:

@@ -81,14 +81,18 @@ def ratio(
 
 
 def summary(values: Sequence[float], groups: Sequence[Hashable], *, beyond: float = 0.2) -> dict[str, Any]:
-    """Count, mean and share of |value| over `beyond`, both with their `interval`; only counts where empty."""
+    """Count, mean, share of |value| over `beyond`, and `left`, the mean where values below 0 count as 0 (one far below
+    does not make up for another far above), each with its interval; only counts where empty."""
     result: dict[str, Any] = {"facts": len(values), "subjects": len(set(groups))}
     if values:
         far = [float(abs(value) > beyond) for value in values]
+        left = [max(0.0, float(value)) for value in values]
         result |= {
             "mean": float(np.mean(values)),
             "interval": interval(values, groups),
             "beyond": float(np.mean(far)),
             "beyond_interval": interval(far, groups),
+            "left": float(np.mean(left)),
+            "left_interval": interval(left, groups),
         }
     return result

@@ -25,10 +25,12 @@ def run(audit: Audit) -> dict[str, Any]:
     if folder is None:
         raise KifError("TOFU's sets are needed; give their folder with --data tofu=FOLDER")
     most, tokens = audit.pick(quick=6, full=40), audit.pick(quick=32, full=NEW_TOKENS)
-    sets = {
-        name: sampled(load_set(path, perturbed=name != "holdout"), most, audit.random(f"tofu:{name}"))
-        for name, path in find_sets(folder).items()
-    }
+    sets = {}
+    for name, path in find_sets(folder).items():
+        items = load_set(path, perturbed=name != "holdout")
+        # forget quality is the p of a test, which grows with fewer questions: in full it is asked over all of them
+        whole = name in ("forget", "holdout") and not audit.quick
+        sets[name] = items if whole else sampled(items, most, audit.random(f"tofu:{name}"))
     measured = {}
     for state in audit.states:
         with audit.running(state) as on:

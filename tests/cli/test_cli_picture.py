@@ -1,5 +1,7 @@
 """What a page draws, and what is taken out of what is written."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from kif_cli.picture import bars, charts, lines, numbers, shown
@@ -87,3 +89,12 @@ def test_names_aliases_and_ids_go_and_keys_stay():
         "told": ["subject 1 and subject 1's Dorans in other 1", 4, True, None],
         "where": "/out/subject 1_v2/subject 1.json",
     }  # fmt: skip
+
+
+def test_a_capsules_own_names_go_too_however_their_words_are_joined():
+    held = [SimpleNamespace(id="jane-roe", name=None, aliases=()), SimpleNamespace(id="0" * 32, name=None, aliases=())]
+    clean = cleaner(
+        [Subject("New Dorland")], capsules=[*held, SimpleNamespace(id="new-dorland", name=None, aliases=())]
+    )
+    told = ["/out/jane_roe", "JaneRoe", "jane-roe.kif", "new_dorland", "0" * 32, "roe"]
+    assert clean(told) == ["/out/subject 2", "subject 2", "subject 2.kif", "subject 1", "0" * 32, "roe"]

@@ -144,7 +144,7 @@ def evaluate(
             progress=report,
         )
         others = [fact.subject for fact in given.others]
-        clean = as_it_is if with_names else cleaner(given.subjects, others)
+        clean = as_it_is if with_names else cleaner(given.subjects, others, capsules)
         _check_known(audit, names, facts)
         tables = run_suites(audit, names, folder=output / (NAMED if with_names else PARTS), clean=clean)
     about = {

@@ -34,13 +34,14 @@ class Trial:
     """One attack as the suite makes it. access: what the attacker holds. ready: called with facts while no state is on,
     gives the attack. alone: each fact is tried by itself, whatever others are tried. injects: states of the untouched
     model are put in, so that only a model that never knew can show what comes from these alone; and what is put in
-    hangs on the erased model."""
+    hangs on the erased model. teaches: the answers asked for are trained on, which shows nothing without a level."""
 
     name: str
     access: str
     ready: Callable[[Sequence[Fact]], Try]
     alone: bool = False
     injects: bool = False
+    teaches: bool = False
 
     @property
     def relearns(self) -> bool:
@@ -66,13 +67,15 @@ def run(audit: Audit) -> dict[str, Any]:
     for done, trial in enumerate(trials):
         audit.report(done, len(trials), "attacks")
         try:
-            judged = audit.reference is not None or not trial.injects
-            (rows if judged else unjudged).append(row(audit, trial, known))
+            made = row(audit, trial, known)
+            judged = made["reference"] is not None or not (trial.injects or trial.teaches)
+            (rows if judged else unjudged).append(made)
         except KifError as problem:
             skipped.append({"name": trial.name, "why": str(problem)})
     if audit.after.removable:
         rows.append(gate_off(audit, known))
-        skipped.append({"name": "weights", "why": "whoever holds the weights takes the gate off; see that row"})
+        alone = "" if audit.after.ungated is None else ", and audit the adapter alone"
+        skipped.append({"name": "weights", "why": f"whoever holds the weights takes the gate off; see that row{alone}"})
     audit.report(len(trials), len(trials), "attacks")
     return {
         "known": len(known),
@@ -126,7 +129,10 @@ def weight_trials(audit: Audit) -> list[Trial]:
             "relearned, other text": less(relearning.relearn_text, text=text, steps=steps),
             "soft prompt": less(soft_prompt.soft_prompt, seed=audit.seed, form=audit.form),
         }
-    trials = [Trial(name, WEIGHTS, _as_is(one), name in ALONE) for name, one in tries.items()]
+    trials = [
+        Trial(name, WEIGHTS, _as_is(one), name in ALONE, teaches=name in ("relearned, same facts", "soft prompt"))
+        for name, one in tries.items()
+    ]
     trials.append(Trial("removed directions put back", WEIGHTS, removed.Directions(audit), injects=True))
     if not audit.quick:
         trials.append(Trial("sparse features put back", WEIGHTS, removed.Features(audit), injects=True))
@@ -187,10 +193,16 @@ def outcome_row(found: Outcome, access: str) -> dict[str, Any]:
 
 
 def gate_off(audit: Audit, known: Sequence[Fact]) -> dict[str, Any]:
-    """What anybody gets who holds the weights: the model without its gate."""
-    with audit.running(audit.before) as on:
-        found = asked_outcome("gate taken off", {"queries": 1}, known, ask(on.model, audit.tokenizer, known))
-    return outcome_row(found, GATE) | {"control": found.share(), "reference": None}
+    """What anybody gets who holds the weights: the model without its gate, and with its adapter if it has one."""
+    control = _asked_plainly(audit, audit.before, known)
+    found = control if audit.after.ungated is None else _asked_plainly(audit, audit.after.ungated, known)
+    return outcome_row(found, GATE) | {"control": control.share(), "reference": None}
+
+
+def _asked_plainly(audit: Audit, state: State, known: Sequence[Fact]) -> Outcome:
+    with audit.running(state) as on:
+        asked = ask(on.model, audit.tokenizer, known, form=audit.form)
+    return asked_outcome("gate taken off", {"queries": 1}, known, asked)
 
 
 def forgotten_name(audit: Audit) -> list[dict[str, Any]] | None:

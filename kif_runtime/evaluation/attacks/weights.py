@@ -13,24 +13,27 @@ Edit = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def weights_kept(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """The floating-point parameters, which may be changed and ask for gradients inside the block.
+def weights_kept(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[list[nn.Parameter]]:
+    """The floating-point parameters, which may be changed and ask for gradients inside the block; there all of them are
+    of `dtype`, if one is given.
 
-    Afterwards every parameter has its bits, its flag and its gradient back. Gradients are on inside the block. Costs a
-    copy of the weights.
+    Afterwards every parameter has its bits, its dtype, its flag and its gradient back. Gradients are on inside the
+    block. Costs a copy of the weights.
     """
     parameters = [p for p in model.parameters() if p.is_floating_point()]
-    before = [(p.detach().clone(), p.requires_grad, p.grad) for p in parameters]
+    before = [(p.data, p.requires_grad, p.grad) for p in parameters]
     try:
         with torch.inference_mode(False), torch.enable_grad():
             for parameter in parameters:
-                parameter.requires_grad_(True)
                 parameter.grad = None
+                parameter.data = parameter.data.to(dtype or parameter.dtype, copy=True)
+                parameter.requires_grad_(True)
             yield parameters
     finally:
         with torch.no_grad():
             for parameter, (value, asks, gradient) in zip(parameters, before, strict=True):
-                parameter.copy_(value)
+                parameter.grad = None
+                parameter.data = value
                 parameter.requires_grad_(asks)
                 parameter.grad = gradient
 

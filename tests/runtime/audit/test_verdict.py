@@ -8,6 +8,7 @@ import pytest
 from kif_runtime import KifError
 from kif_runtime.evaluation.figures import WORDS, figures, recovers, works
 from kif_runtime.evaluation.policy import judge, load_policy
+from kif_runtime.evaluation.statistics import share, summary
 from kif_runtime.evaluation.verdict import SENTENCES, verdict
 
 
@@ -27,7 +28,11 @@ def tables(
     """As the suites make them, of an erasure that left this much."""
 
     def summary(mean):
-        return {"facts": facts, "subjects": 2, "mean": mean, "interval": [mean - 0.02, mean + 0.02]}
+        left = max(0.0, mean)
+        return {
+            "facts": facts, "subjects": 2, "mean": mean, "interval": [mean - 0.02, mean + 0.02],
+            "left": left, "left_interval": [left - 0.02, left + 0.02],
+        }  # fmt: skip
 
     def states(after):
         return {"before": rate(0.9), "after": rate(after)}
@@ -90,9 +95,9 @@ def test_confidence_falls_with_what_is_missing():
     assert sure["confidence"] == "high" and not sure["why_not_surer"]
     not_attacked = verdict(tables(), removable=False)
     assert not_attacked["confidence"] == "medium" and "suite attacks" in not_attacked["why_not_surer"][0]
+    half = verdict(tables(attacks=[attack(0.0), attack(0.0, "weights", control=0.1)]), removable=False)
+    assert half["why_not_surer"] == ["no attack that works was made by changing the model (suite attacks)"]
     assert verdict(tables(facts=2), removable=False)["confidence"] == "low"
-    only_facts = {"facts": tables()["facts"]}
-    assert verdict(only_facts, removable=False)["confidence"] == "low"
     below = verdict(tables(kept=-0.2, attacks=HARMLESS), removable=False)
     assert below["verdict"] == "erased" and "below guessing" in below["why_not_surer"][0]
     single = tables(otherwise=0.5)
@@ -100,6 +105,31 @@ def test_confidence_falls_with_what_is_missing():
     assert "rests on 1 question" in verdict(single, removable=False)["why_not_surer"][0]
     near = verdict(tables(kept=0.11), removable=False)
     assert near["confidence"] == "medium" and "reaches over its limit" in near["why_not_surer"][0]
+
+
+def test_what_nobody_looked_for_is_not_called_erased():
+    """A policy that asks for "erased" must not pass on silence alone."""
+    found = verdict({"facts": tables()["facts"]}, removable=False)
+    assert (found["verdict"], found["how"]) == ("suppressed", "not looked for")
+    asked = {"facts": tables()["facts"], "attacks": {"attacks": [attack(0.0)]}}
+    assert verdict(asked, removable=False)["how"] == "not looked for"
+    changed = {"facts": tables()["facts"], "attacks": {"attacks": list(HARMLESS)}}
+    assert verdict(changed, removable=False)["how"] == "gone"
+
+
+def test_an_answer_far_below_guessing_does_not_make_up_for_one_that_is_told():
+    mixed = tables(attacks=HARMLESS)
+    mixed["facts"]["kept"] |= {"mean": 0.0, "left": 0.25, "left_interval": [0.0, 0.6]}
+    found = verdict(mixed, removable=False)
+    assert found["how"] == "told directly" and "reaches over its limit" in found["why_not_surer"][0]
+
+
+def test_with_few_facts_a_clear_success_counts_though_no_interval_shows_it():
+    few = attack(1.0, reference=0.0) | share([True] * 3) | {"reference": share([False] * 3)}
+    assert few["interval"][0] < few["reference"]["interval"][1] and recovers(few)
+    assert recovers(few | {"reference": None}) and not recovers(few | share([False] * 3))
+    found = verdict(tables(attacks=[few]), removable=False)
+    assert found["how"] == "told under attack" and "reaches over its limit" in found["why_not_surer"][0]
 
 
 def test_what_guessing_says_is_no_leak():
@@ -122,11 +152,23 @@ def test_attacks_are_judged_by_their_controls():
     assert figures(tables())["recovered_by_asking"].after is None
 
 
+def test_what_is_left_is_the_mean_where_below_guessing_counts_as_none():
+    found = summary([1.0, -1.0, 0.0, 0.2], ["a", "b", "c", "d"])
+    assert (found["mean"], found["left"]) == (pytest.approx(0.05), pytest.approx(0.3))
+    assert found["left_interval"][0] >= 0.0
+
+
 def test_every_figure_has_words():
     assert set(figures(tables())) == set(WORDS) == set(figures({}))
 
 
 # -- policies
+
+
+def test_a_policy_that_wants_erased_fails_where_nobody_looked():
+    made = {"facts": tables()["facts"]}
+    (check,) = judge({"verdicts": ["erased"]}, verdict(made, removable=False), made)
+    assert not check["passed"]
 
 
 def judged(policy, **left):

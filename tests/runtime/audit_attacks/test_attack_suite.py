@@ -9,8 +9,9 @@ from mining import check_unchanged, snapshot
 
 from kif_runtime import KifError
 from kif_runtime.evaluation.attacks import run
+from kif_runtime.evaluation.attacks.trials import gate_off
 from kif_runtime.evaluation.audit import Audit, Subject
-from kif_runtime.evaluation.states import bare
+from kif_runtime.evaluation.states import State, bare
 
 
 @pytest.mark.slow
@@ -132,6 +133,13 @@ def test_a_forgotten_name_is_reported_by_state(tables):
     told = tables["untouched"]["forgotten_name"]
     assert [row["state"] for row in told] == ["before", "after", "reference"]
     assert all(0 <= row["broken"]["success"] <= 1 for row in told)
+
+
+def test_a_gate_on_an_adapter_is_taken_off_the_adapter():
+    """The untouched model is not what anybody is left with."""
+    gate = State("after", bare(refusing()).enter, "gate", removable=True, ungated=bare(refusing(), "ungated"))
+    made = gate_off(audited(gate), FACTS)
+    assert made["control"]["success"] > 2 / 3 and made["success"] < made["control"]["success"]
 
 
 def test_facts_that_nobody_knows_are_refused():

@@ -1,6 +1,7 @@
 """Every attack: it draws the facts out of a model that knows them, not out of one that never saw them, and it leaves
 the model bit for bit as it was, also when it is stopped half-way."""
 
+import copy
 import functools
 
 import pytest
@@ -114,6 +115,22 @@ def test_held_out_facts_are_not_those_it_was_tuned_on(monkeypatch):
     relearning.relearn_held_out(knowing(), tokenizer(), FACTS)
     taught = [{tuple(ids) for ids, _ in some} for some in seen]
     assert [len(some) for some in taught] == [2, 1] and not taught[0] & taught[1]
+
+
+def test_small_steps_reach_every_weight_of_a_model_in_bf16(monkeypatch):
+    """In its own dtype most of them would round to nothing, and the model would look as if it did not relearn."""
+    model = copy.deepcopy(never_knew()).to(torch.bfloat16)
+    before, moved = snapshot(model), []
+
+    def count(model, tok, facts):
+        pairs = [(p, before["weights"][name]) for name, p in model.named_parameters() if "layers" in name]
+        moved.append(sum(int((p != old).sum()) for p, old in pairs) / sum(p.numel() for p, _ in pairs))
+        return ask(model, tok, facts)
+
+    monkeypatch.setattr(relearning, "ask", count)
+    relearning.relearn_same(model, tokenizer(), FACTS, steps=1, rate=1e-5)
+    assert moved[0] > 0.9
+    check_unchanged(model, before)
 
 
 def test_losses_of_tuning_are_those_of_transformers():
