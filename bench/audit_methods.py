@@ -183,7 +183,7 @@ def line(method: str, pool: dict[str, Any], each: Sequence[dict[str, Any]]) -> l
     removable = pool["states"]["after"]["removable"]
 
     def changed(name: str) -> Any:
-        return TAKEN_OFF if removable else attacks[name]["success"]
+        return TAKEN_OFF if removable else attacks.get(name, {}).get("success")
 
     return [
         method,
