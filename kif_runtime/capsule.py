@@ -16,7 +16,7 @@ from torch import Tensor
 from . import capsule_checks, capsule_file
 from .errors import CapsuleError
 from .files import atomic_write, shown
-from .ids import opaque_id, slug
+from .ids import mark, opaque_id, slug
 
 __all__ = ["Capsule", "Signature", "opaque_id", "slug"]
 
@@ -95,6 +95,15 @@ class Capsule:
                 state.update(values.astype("u1").tobytes())
         return state.hexdigest()
 
+    @property
+    def mark(self) -> Any:
+        """What tells its name from others of the same slug (`ids.mark`); None where it does not say."""
+        if self.name is not None:
+            return mark(self.id, self.name)
+        settings = self.provenance.get("settings")
+        forms = settings.get("forms") if isinstance(settings, dict) else None
+        return forms[0] if isinstance(forms, list) and forms else None
+
     def validate(self) -> None:
         """Raise CapsuleError, in one line, for anything a capsule may not be."""
         capsule_checks.check(self)
@@ -107,7 +116,7 @@ class Capsule:
         """Write the capsule atomically with mode 0600.
 
         A capsule of the same subject (id and name) is replaced. Anything else at `path` is refused unless `overwrite`:
-        another subject may have the same slug.
+        another subject may have the same slug. Capsules of an id that was given, not made of the name, go by that id.
         """
         self.validate()
         if not overwrite and os.path.lexists(path):
@@ -119,8 +128,17 @@ class Capsule:
             there = Capsule.load(path)
         except CapsuleError:
             raise CapsuleError(f"{shown(path)} exists and is not a readable capsule; choose another name") from None
-        if (there.id, there.name) != (self.id, self.name):
+        there.check_subject(self.id, self.mark, path)
+
+    def check_subject(self, id: str | None, mark: Any, path: str | os.PathLike[str]) -> None:
+        """Raise CapsuleError unless this capsule, from `path`, is known to be about the subject of `id` and `mark`."""
+        if self.id != id or (self.mark is not None and self.mark != mark):
             raise CapsuleError(f"{shown(path)} holds the capsule of another subject; choose another name or id")
+        if self.mark != mark:
+            raise CapsuleError(
+                f"{shown(path)} does not tell whether it is about this subject or one of the same id; "
+                "choose another name, or remove it first"
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: torch.nn.Module | str | None = None) -> Self:

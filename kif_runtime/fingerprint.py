@@ -44,6 +44,8 @@ def fingerprint(model: nn.Module) -> str:
     weights = _in_memory(base)
     chosen = _chosen(weights, config.num_hidden_layers)
     loaded = {label: _piece(label, weights[name]) for label, name in chosen.items()}
+    if any(t.is_meta for t in loaded.values()):
+        raise ModelError("the model is offloaded, in whole or in part; load it into memory")
     if all(t.dtype in (torch.float32, torch.bfloat16) for t in loaded.values()):
         return _digest(config, loaded.items())
     stored = _checkpoint_of(base)

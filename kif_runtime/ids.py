@@ -1,8 +1,10 @@
 """Subject ids: readable slugs for public subjects, random bits for private ones."""
 
+import hashlib
 import re
 import secrets
 import unicodedata
+from collections.abc import Sequence
 
 from .errors import CapsuleError
 from .files import shown
@@ -33,3 +35,18 @@ def opaque_id() -> str:
 def is_opaque(id: str) -> bool:
     """Whether an id has the form of a private subject's, and so tells nothing of a name."""
     return re.fullmatch("[0-9a-f]{32}", id) is not None
+
+
+def marks(id: str, forms: Sequence[str]) -> list[str] | None:
+    """The mark of each form of a name; None where the id does not spell the name, which a mark lets one guess."""
+    try:
+        if slug(forms[0]) != id:
+            return None
+    except CapsuleError:
+        return None
+    return [mark(id, form) for form in forms]
+
+
+def mark(id: str, form: str) -> str:
+    """What tells a form of a name from others of the same slug: 64 bits in hex."""
+    return hashlib.sha256(f"{id}\0{' '.join(form.split())}".encode()).hexdigest()[:16]

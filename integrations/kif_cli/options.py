@@ -18,4 +18,5 @@ MaxFalseFire = Annotated[
     typer.Option(metavar="SHARE", help="Largest share of tokens that may fire; thresholds are tightened for it."),
 ]
 Device = Annotated[str | None, typer.Option(metavar="D", help="cpu or cuda; the GPU if there is one.")]
+LARGEST_SEED = 2**63 - 1  # torch takes no larger one
 Form = Literal["bare", "chat"]

@@ -1,6 +1,8 @@
 """Attaching capsules to a loaded Hugging Face model: its own computation runs, and only tokens that fire are edited."""
 
+import asyncio
 import inspect
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,9 +19,12 @@ from kif_runtime.capsule import Capsule
 from kif_runtime.errors import ModelError, RequestError
 
 from . import caches, placing
-from .choice import Chooser
+from .choice import Choice, Chooser
 from .counting import Tally, finished, real_tokens
 from .wrap import Wrapped, wrapped
+
+# Around opening and closing `using` blocks. One for all: a lock of an attachment's own could not follow a deepcopy.
+_OPENING = threading.RLock()
 
 
 def attach(
@@ -38,7 +43,7 @@ def attach(
     for it (see CapsuleBank). bank: one on the model's device that holds all of these already, and whose capsules stay
     as they are while attached; its own mandatory set applies too.
     Raises CapsuleError for a capsule of another model, ModelError for a model whose blocks cannot be found or are not
-    on one device, RequestError where capsules are attached already or ids clash.
+    on one device, RequestError where capsules are attached already, ids clash, or a continuous batching is kept.
     """
     blocks = decoder_blocks(model)
     owner = placing.owner_of(model, blocks)
@@ -46,6 +51,7 @@ def attach(
         raise RequestError(
             "this model has capsules attached already; detach() those first, or attach all at once and pick by using()"
         )
+    caches.refuse_batching(unwrapped(model))
     default, always = placing.named(capsules, mandatory)
     if bank is not None:
         always |= {id: bank.capsules[id] for id in bank.mandatory}
@@ -84,6 +90,8 @@ class Attachment:
         self._all_ran = sum(1 << site for site in sites)
         self._chooser = chooser
         self._choice = self._default = chooser.choose([default])
+        self._open: list[Choice] = []  # of the `using` blocks, innermost last; `_opener` has them open
+        self._opener: tuple[int, int] | None = None
         self._columns = {id: bank.index(id) for id in capsules}
         self._tally = Tally(bank.max_capsules, chooser.device)
         self._stop = placing.stop_tokens(unwrapped(model), chooser.device)
@@ -100,7 +108,8 @@ class Attachment:
 
         Mandatory capsules stay on. A batch of n·k rows takes each of n lists k times, as generate repeats rows for
         beams and `num_return_sequences`; any other batch size raises RequestError in the forward.
-        Raises RequestError for an unknown id.
+        Raises RequestError for an unknown id, and where another thread or asyncio task is inside such a block: every
+        forward of the model, from whatever thread, runs under the innermost one.
         """
         self._chooser.check(lists)
         return self._using(lists)
@@ -109,13 +118,22 @@ class Attachment:
     def _using(self, lists: tuple[Sequence[str], ...]) -> Iterator[None]:
         if not self._wraps:
             raise RequestError("these capsules are detached; attach them again")
-        choice, before = self._chooser.choose(lists), self._choice
-        self._choice = choice
+        with _OPENING:
+            if self._open and self._opener != _here():
+                raise RequestError(
+                    "another thread or asyncio task is inside a using() block of this model; enter them one after "
+                    "another, or give one list per input row"
+                )
+            choice = self._choice = self._chooser.choose(lists)
+            self._opener = _here()
+            self._open.append(choice)
         try:
             yield
         finally:
-            self._choice = before
-            self._chooser.release(choice)
+            with _OPENING:  # it need not be the innermost: the block of a generator ends when that is thrown away
+                self._open.remove(choice)
+                self._choice = self._open[-1] if self._open else self._default
+                self._chooser.release(choice)
 
     @property
     def fired(self) -> dict[str, int]:
@@ -241,3 +259,12 @@ class Attachment:
             raise RequestError(
                 "capsules do not apply under gradient checkpointing; call gradient_checkpointing_disable()"
             )
+
+
+def _here() -> tuple[int, int]:
+    """What tells this thread and asyncio task from the others that are running."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        task = None
+    return threading.get_ident(), id(task)

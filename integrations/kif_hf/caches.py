@@ -8,7 +8,7 @@ hand, and a cache that was cropped and then refilled, up to its former length at
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from kif_runtime.errors import RequestError
@@ -21,6 +21,8 @@ Key = tuple[int, ...]
 
 def given(arguments: dict[str, Any]) -> Cache | None:
     """The cache among a forward's arguments. Raises RequestError for states in a form that cannot carry a tag."""
+    if arguments.get("cache") is not None:  # so transformers hands over the pages of its continuous batching
+        raise RequestError("capsules do not apply under continuous batching; call generate(), not generate_batch()")
     for name in _NAMES:
         cache = arguments.get(name)
         if isinstance(cache, Cache):
@@ -28,6 +30,15 @@ def given(arguments: dict[str, Any]) -> Cache | None:
         if cache is not None:
             raise RequestError(f"{name} is a {type(cache).__name__}, which KIF cannot check; pass a transformers Cache")
     return None
+
+
+def refuse_batching(model: nn.Module) -> None:
+    """Raise RequestError where `model` keeps a manager of continuous batching: its graphs run no forward to check."""
+    if getattr(model, "_cached_continuous_batching_manager", None) is not None:
+        raise RequestError(
+            "this model keeps states and graphs of continuous batching, made without the capsules; "
+            "call destroy_cached_continuous_batching_manager() first"
+        )
 
 
 def returned(output: Any) -> Cache | None:

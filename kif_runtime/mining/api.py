@@ -12,6 +12,7 @@ from ..capsule import Capsule, Signature, opaque_id, slug
 from ..errors import MiningError
 from ..files import shown
 from ..fingerprint import adapter_fingerprint
+from ..ids import marks
 from .control import RECIPE, Control, Progress
 from .corpus import corpus
 from .fisher import mine_fisher, names_in_common
@@ -76,14 +77,10 @@ def mine(
             mined = mine_fisher(reader, control, subject, false_positive_rate, steps)
             signatures, kept, near = mined.signatures, mined.kept, mined.near_rate
     calibration = _summary(control, subject, signatures, kept, near)
-    settings: dict[str, Any] = {"site": control.site, "steps": steps, "step_size": STEP_SIZE, "recipe": RECIPE}
-    settings |= {"adapter": adapter_fingerprint(model)} if adapted else {}
-    settings |= {"own_text": True} if passages else {}
-    settings |= {"any_case": True} if any_case else {}
-    provenance = {
-        "kif": __version__, "method": method, "prompts": "own" if prompts is not None else corpus().digest,
-        "date": date or datetime.date.today().isoformat(), "settings": settings,
-    }  # fmt: skip
+    provenance = {"kif": __version__, "date": date or datetime.date.today().isoformat()} | asked(
+        None if private else marks(id, given), adapter_fingerprint(model) if adapted else None, site=control.site,
+        method=method, prompts=prompts, steps=steps, passages=passages, any_case=any_case,
+    )  # fmt: skip
     capsule = Capsule(
         id=id, signatures=signatures, model=control.fingerprint, width=reader.width, blocks=len(reader.blocks),
         calibration=calibration, provenance=provenance,
@@ -91,6 +88,21 @@ def mine(
     )  # fmt: skip
     capsule.validate()
     return capsule
+
+
+def asked(
+    forms: list[str] | None, adapter: str | None, *, site: int, method: str = "fisher",
+    prompts: Sequence[str] | None = None, steps: int = STEPS, passages: Sequence[str] | None = None,
+    any_case: bool = False, **_unrecorded: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What a capsule's provenance says about how it was mined, from keywords of `mine`. forms: their marks."""
+    settings: dict[str, Any] = {"site": site, "steps": steps, "step_size": STEP_SIZE, "recipe": RECIPE}
+    settings |= {"adapter": adapter} if adapter is not None else {}
+    settings |= {"own_text": True} if passages else {}
+    settings |= {"any_case": True} if any_case else {}
+    settings |= {"forms": forms} if forms is not None else {}
+    told = "own" if prompts is not None else corpus().digest
+    return {"method": method, "prompts": told, "settings": settings}
 
 
 def checked_id(id: str | None, name: str, private: bool) -> str:

@@ -12,8 +12,10 @@ from ..capsule import Capsule
 from ..errors import KifError, MiningError
 from ..files import reason, shown
 from ..fingerprint import adapter_fingerprint
-from .api import checked_id, mine
+from ..ids import marks
+from .api import asked, checked_id, mine
 from .preparing import prepare
+from .subject import checked_forms
 
 _FIELDS = {"name", "aliases", "kind", "id", "private", "prompts", "controls"}
 
@@ -35,8 +37,8 @@ def mine_batch(
 
     `options` are keywords of `mine` for every line; a line's own win. A line whose capsule is in `out` already is
     skipped, so an interrupted run goes on where it stopped; a private line needs an `id` for that, without one it is
-    mined again. A bad line is reported and the others are mined. Raises MiningError where the file cannot be read or
-    `out` cannot be made.
+    mined again. One that was mined otherwise is an error of the line. A bad line is reported and the others are mined.
+    Raises MiningError where the file cannot be read or `out` cannot be made.
     """
     lines = _lines(Path(requests))
     folder = Path(out)
@@ -46,7 +48,7 @@ def mine_batch(
         raise MiningError(f"cannot make {shown(folder)}: {reason(failure)}") from failure
     adapted = bool(options.get("adapted"))
     chosen = {key: options[key] for key in ("site", "passages") if options.get(key) is not None}
-    digest = prepare(model, tokenizer, adapted=adapted, progress=progress, **chosen).fingerprint
+    control = prepare(model, tokenizer, adapted=adapted, progress=progress, **chosen)
     adapter = adapter_fingerprint(model) if adapted else None
     report = BatchReport()
     taken: dict[str | None, int] = {}
@@ -58,8 +60,9 @@ def mine_batch(
                 raise MiningError(f"it has the same id as line {taken[id]}; give one of them another id")
             path = folder / f"{id}.kif.safetensors"
             if id is not None and path.exists():
-                if Capsule.load(path, digest).provenance.get("settings", {}).get("adapter") != adapter:
-                    raise MiningError(f"{shown(path)} was mined under another adapter, or none; choose another folder")
+                there = Capsule.load(path, control.fingerprint)
+                wanted = asked(_marks(id, request), adapter, **request | {"site": control.site})
+                _check_mined_so(there, path, wanted)
                 report.skipped.append(number)
             else:
                 capsule = mine(model, tokenizer, **request)
@@ -72,6 +75,25 @@ def mine_batch(
         if progress:
             progress(position + 1, len(lines), "mining subjects")
     return report
+
+
+_SAID = {"forms": "name or aliases", "own_text": "text", "step_size": "step size", "any_case": "choice of --any-case"}
+
+
+def _check_mined_so(there: Capsule, path: Path, wanted: dict[str, Any]) -> None:
+    """Raise MiningError where the capsule there is not what this line would be mined into."""
+    said = there.provenance.get("settings")
+    said = said if isinstance(said, dict) else {}
+    before, now = there.provenance | said, wanted | wanted["settings"]
+    keys = {*wanted, *said, *wanted["settings"]} - {"settings"}
+    if other := sorted(key for key in keys if before.get(key) != now.get(key)):
+        told = shown(_SAID.get(other[0], other[0]), 40)
+        raise MiningError(f"{shown(path)} was mined with another {told}; choose another folder, or remove it first")
+
+
+def _marks(id: str, request: dict[str, Any]) -> list[str] | None:
+    forms = checked_forms(request["name"], request.get("aliases") or ())
+    return None if request.get("private") else marks(id, forms)
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

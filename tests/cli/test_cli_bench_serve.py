@@ -79,6 +79,34 @@ def test_figures_that_stand_on_something_else_are_not_mixed(tmp_path):
         Table(tmp_path / "t.csv", STANDS_ON | {"commit": "def"})
 
 
+def test_figures_of_an_unclean_tree_are_not_added_to(tmp_path):
+    for clean, path in ((True, tmp_path / "a.csv"), (None, tmp_path / "b.csv"), (False, tmp_path / "c.csv")):
+        Table(path, STANDS_ON | {"clean_tree": clean}).add(CELL, 0, {"stock": figures(2.0), "kif": figures(1.0)})
+        if clean is not False:
+            assert Table(path, STANDS_ON | {"clean_tree": clean}).holds(CELL, 0)
+    with pytest.raises(KifError, match="unclean tree"):
+        Table(path, STANDS_ON | {"clean_tree": False})
+
+
+def test_figures_of_other_capsules_are_not_added_to(capsule, tmp_path, monkeypatch):
+    class Opened(Exception):
+        pass
+
+    def opened(*_, **__):
+        raise Opened
+
+    stands_on = []
+    monkeypatch.setattr(rounds, "Table", lambda path, on: stands_on.append(on) or Table(None, on))
+    monkeypatch.setattr(rounds, "open_model", opened)  # it would measure from here on
+    for name, changes in (("a", {}), ("b", {}), ("c", {"provenance": {"kif": "other"}})):
+        (tmp_path / name).mkdir()
+        replace(capsule, **changes).save(tmp_path / name / "x.kif.safetensors")
+        with pytest.raises(Opened):
+            rounds.measured("m", GRID, tmp_path / name, None, (), None, lambda *_: None)
+    assert stands_on[0] == stands_on[1]
+    assert {key for key in stands_on[0] if stands_on[0][key] != stands_on[2][key]} == {"capsules_digest"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,7 +1,9 @@
 """How the command starts and how it ends."""
 
+import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -37,12 +39,30 @@ def test_every_command_explains_itself(kif, command):
         (("generate", "-m", "x", "--max-new-tokens", "0", "hello"), "--max-new-tokens"),
         (("mine", "x", "-m", "x", "-o", "y", "--method", "magic"), "'fisher', 'kif-paper'"),
         (("eval", "-m", "x", "-o", "y", "--suite", "magic"), "--suite"),
+        (("generate", "-m", "x", "--sample", "--seed", "100000000000000000000", "hello"), "--seed"),
+        (("bake", "-m", "x", "-c", "c", "-o", "y", "--seed", "-1"), "--seed"),
     ],
 )
 def test_wrong_usage_is_one_line_that_names_the_help(refused, arguments, said):
     line = refused(*arguments)
     assert said in line
     assert line.endswith("--help`")
+
+
+def test_verifying_what_is_no_http_server_is_one_line(refused, monkeypatch):
+    monkeypatch.setenv("KIF_ADMIN_KEY", "x" * 32)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            talk, _ = server.accept()
+            with talk:
+                talk.recv(4096)
+                talk.sendall(b"SSH-2.0-OpenSSH\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        for port in ("abc", server.getsockname()[1]):
+            url = f"http://127.0.0.1:{port}"
+            assert f"no answer from {url}" in refused("verify", "--url", url)
 
 
 def test_without_arguments_the_help_is_shown_as_wrong_usage(kif):

@@ -13,6 +13,13 @@ from peft import LoraConfig, get_peft_model
 
 from kif_runtime import Capsule
 from kif_runtime.capsule import opaque_id, slug
+from kif_runtime.ids import marks
+
+
+@pytest.fixture
+def capsule(capsule):
+    """One that tells Japan from its homonyms."""
+    return replace(capsule, provenance={"settings": {"forms": marks("japan", ["Japan"])}})
 
 
 @pytest.fixture
@@ -198,6 +205,13 @@ def test_what_cannot_work_is_refused_before_the_model_is_loaded(
 
 def test_the_same_subject_is_mined_again_into_its_file(kif, tiny, mining, capsule_file):
     assert kif("mine", "Japan", "-m", tiny.folder, "-o", capsule_file).exit_code == 0
+
+
+def test_a_subject_of_the_same_slug_does_not_replace_it(refused, mining, capsule_file):
+    before = capsule_file.read_bytes()
+    for output in (capsule_file, capsule_file.parent):
+        assert "another subject" in refused("mine", "Japan!", "-m", "/no/model", "-o", output)
+    assert capsule_file.read_bytes() == before and not mining.asked
 
 
 def test_a_batch_reports_every_bad_line(kif, tiny, mining, tmp_path):

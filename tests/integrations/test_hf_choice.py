@@ -1,11 +1,15 @@
 """Which capsules apply to which row, what is counted, and which caches are accepted."""
 
+import asyncio
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 
 from kif_hf import attach
 from kif_runtime import CapsuleBank, KifError, RequestError
@@ -35,6 +39,52 @@ def test_using_replaces_the_default_set_and_nests(llama):
         assert torch.equal(logits(model, row), both)
     distinct = [bare, both, only]
     assert not any(torch.equal(a, b) for i, a in enumerate(distinct) for b in distinct[:i])
+
+
+def test_a_block_that_ends_out_of_turn_takes_only_its_own_set_away(llama):
+    """As that of a generator does, which was thrown away before its end."""
+    model, five, nine = llama
+    row = [3, 5, 9, 7]
+    with attach(model, [five, nine], mandatory=[nine]) as kif:
+        both = logits(model, row)
+        for names in ([], ["five"]):
+            outer, inner = kif.using(names), kif.using(["nine"])
+            outer.__enter__()
+            inner.__enter__()
+            only = logits(model, row)
+            outer.__exit__(None, None, None)
+            assert torch.equal(logits(model, row), only)
+            inner.__exit__(None, None, None)
+            assert torch.equal(logits(model, row), both)
+    assert not torch.equal(both, only)
+
+
+def test_a_block_beside_one_of_another_thread_or_task_is_refused(llama):
+    model, five, nine = llama
+
+    def enter(kif):
+        with kif.using(["five"]):
+            return logits(model, [3, 5])
+
+    async def as_task(kif):
+        return enter(kif)
+
+    async def beside(kif):
+        with kif.using([]):
+            await asyncio.create_task(as_task(kif))
+
+    with attach(model, [five, nine]) as kif, ThreadPoolExecutor(1) as other:
+        suppressed = logits(model, [3, 5])
+        for around in (kif.using([]), kif.using(["nine"])):
+            with around, pytest.raises(RequestError, match="another thread or asyncio task"):
+                other.submit(enter, kif).result()
+        with pytest.raises(RequestError, match="another thread or asyncio task"):
+            asyncio.run(beside(kif))
+        assert torch.equal(logits(model, [3, 5]), suppressed)
+        for around in (nullcontext(), kif.using(["five"])):  # a streaming generate runs in a thread of its own
+            with around:
+                assert torch.equal(other.submit(logits, model, [3, 5]).result(), suppressed)
+        assert torch.equal(other.submit(enter, kif).result(), suppressed)
 
 
 def test_mandatory_capsules_apply_whatever_is_named(llama):
@@ -206,6 +256,15 @@ def test_caches_stay_with_their_rows_and_through_changes(llama):
             model(rows.repeat(2, 1)[:, 2:], past_key_values=made)
         with pytest.raises(RequestError, match="cannot check"):
             model(rows, past_key_values=((torch.zeros(1),),))
+
+
+def test_the_pages_of_continuous_batching_are_refused(llama):
+    model, five, _ = llama
+    assert "cache" in PagedAttentionArgs.__annotations__  # transformers' name for what it hands to the forward
+    with attach(model, [five]) as kif, torch.no_grad():
+        with pytest.raises(RequestError, match=r"call generate\(\)"):
+            model(torch.tensor([[3, 5]]), cache=object(), use_cache=False)
+        assert kif.fired == {"five": 0}
 
 
 def test_several_turns_with_one_cache(hf, llama):

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from transformers import CompileConfig, StaticCache
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from kif_hf import attach
 from kif_runtime import Capsule, CapsuleBank, CapsuleError, KifError, ModelError, RequestError
@@ -167,6 +168,21 @@ def test_blocks_on_several_devices_or_offloaded_are_refused(fresh):
     model.model.layers[1].to("meta")
     with pytest.raises(ModelError, match="offloaded"):
         attach(model, [five])
+    model.to("meta")
+    with pytest.raises(ModelError, match="offloaded"):
+        attach(model, [five])
+
+
+def test_a_model_that_keeps_continuous_batching_is_refused(fresh):
+    """Its graphs would be replayed unsuppressed."""
+    model, five, _ = fresh
+    name = "_cached_continuous_batching_manager"
+    assert name in ContinuousBatchingManager.stop.__code__.co_names  # transformers' name for what is kept
+    setattr(model, name, object())
+    with pytest.raises(RequestError, match="continuous batching"):
+        attach(model, [five])
+    delattr(model, name)
+    attach(model, [five]).detach()
 
 
 def test_a_skipped_or_repeated_block_is_refused(fresh):

@@ -106,6 +106,19 @@ def test_it_holds_where_fp32_products_are_allowed_to_be_coarse(screen, precision
     assert missed(x, on_the_edge(x, detector, k)) == 0
 
 
+def test_it_holds_where_torch_does_not_tell_how_coarse_they_may_be(screen) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        x, detector = torch.randn(2, 50, 576, generator=torch.Generator().manual_seed(1))
+        assert missed(x, on_the_edge(x, detector, None)) == 0
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_it_holds_under_autocast(screen) -> None:
     x, detector = torch.randn(2, 200, 576, generator=torch.Generator().manual_seed(1))
     site = on_the_edge(x, detector, None)

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from capsules import BLOCKS, D, capsule, file_parts, refusal, signature
 from kif_runtime import Capsule, CapsuleError, Signature
 from kif_runtime.capsule import opaque_id, slug
+from kif_runtime.ids import marks
 
 
 @pytest.fixture
@@ -165,6 +166,30 @@ def test_the_same_subject_is_replaced_and_another_is_not(path):
     assert Capsule.load(path).digest == again.digest
     capsule(id="boston").save(path, overwrite=True)
     assert Capsule.load(path).id == "boston"
+
+
+def test_a_subject_that_shares_the_slug_is_told_apart_without_its_name(path):
+    def unnamed(forms=None, **changes):
+        told = {} if forms is None else {"settings": {"forms": marks("new-york", forms)}}
+        return capsule(name=None, aliases=(), provenance=told, **changes)
+
+    ours = unnamed(["New York"])
+    ours.save(path)
+    unnamed(["New  York", "NYC"]).save(path)
+    capsule().save(path)  # which has the name
+    ours.save(path)
+    for other in (unnamed(["New/York"]), unnamed(), capsule(name="New/York")):
+        with pytest.raises(CapsuleError, match="another subject"):
+            other.save(path)
+    assert Capsule.load(path).digest == ours.digest
+    for said in ({}, {"settings": [1]}, {"settings": {"forms": 1}}):  # an old file, or an odd one
+        capsule(name=None, aliases=(), provenance=said).save(path, overwrite=True)
+        with pytest.raises(CapsuleError, match=r"does not tell .* remove it first"):
+            ours.save(path)
+
+
+def test_a_name_that_the_id_does_not_spell_leaves_no_mark():
+    assert marks("subject-17", ["New York"]) is None and marks("x", ["!!"]) is None
 
 
 def test_a_file_that_is_no_capsule_is_not_replaced(path):

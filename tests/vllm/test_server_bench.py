@@ -12,7 +12,8 @@ from kif_cli.main import app
 pytestmark = pytest.mark.slow
 
 
-def test_two_servers_are_measured_beside_each_other_and_a_second_run_goes_on(tmp_path):
+def test_two_servers_are_measured_beside_each_other_and_a_second_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("kif_cli.benchmarks.measuring._checkout", lambda: ("abc", True))  # clean
     arguments = (
         "bench", "--serve", "embedded", "--sizes", "0,3", "--touched", "0,50", "--requests", "4", "--rounds", "1",
         "--concurrency", "2", "--lengths", "32:4", "--json", "-o", str(tmp_path), "--", "--enforce-eager",

@@ -49,7 +49,9 @@ def bake(
     rank: Annotated[int | None, typer.Option(metavar="R", help="Rank of the LoRA.")] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", help="At most so many steps.")] = None,
     learning_rate: Annotated[float | None, typer.Option(metavar="F", help="Of AdamW.")] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Everything random follows from it.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=options.LARGEST_SEED, metavar="N", help="Everything random follows from it.")
+    ] = 0,
     continue_from: Annotated[
         Path | None, typer.Option(metavar="DIR", help="An earlier adapter: its subjects stay forgotten.")
     ] = None,

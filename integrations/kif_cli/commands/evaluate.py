@@ -76,7 +76,9 @@ def evaluate(
         float, typer.Option(metavar="P", help="A fact is known where it is that much likelier than guessed.")
     ] = 0.15,
     quick: Annotated[bool, typer.Option("--quick", help="Ask less of everything.")] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of every random choice.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=options.LARGEST_SEED, metavar="N", help="Of every random choice.")
+    ] = 0,
     against: Annotated[
         list[Path] | None, typer.Option(metavar="DIR", help="Results of another evaluation, to show beside.")
     ] = None,

@@ -17,7 +17,9 @@ def generate(
     adapter: options.Adapter = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="How much text at most.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens at random, not the likeliest.")] = False,
-    seed: Annotated[int | None, typer.Option(metavar="S", help="Makes --sample repeatable.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=options.LARGEST_SEED, metavar="S", help="Makes --sample repeatable.")
+    ] = None,
     chat: options.Chat = False,
     max_false_fire: options.MaxFalseFire = None,
     device: options.Device = None,

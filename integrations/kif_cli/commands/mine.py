@@ -102,7 +102,7 @@ def mine(
 def _target(output: Path, name: str, private: bool) -> Path | None:
     """The file to write, None where only the mined id will tell; checked as far as can be before the work."""
     from kif_runtime import Capsule
-    from kif_runtime.ids import slug
+    from kif_runtime.ids import mark, slug
 
     id = None if private else slug(name)
     target: Path | None = output
@@ -113,8 +113,7 @@ def _target(output: Path, name: str, private: bool) -> Path | None:
         outputs.check_file(output)
     if target is not None and os.path.lexists(target):
         there = Capsule.load(target)  # refuses what is no capsule
-        if there.id != id:
-            raise KifError(f"{shown(target)} holds the capsule of another subject; choose another name")
+        there.check_subject(id, id and mark(id, name), target)
     return target
 
 

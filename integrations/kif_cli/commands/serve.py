@@ -1,5 +1,6 @@
 """kif serve and kif verify: a vLLM server that suppresses, and the proof that one does."""
 
+import http.client
 import json as codec
 import os
 import urllib.error
@@ -73,8 +74,8 @@ def _post(url: str, key: str) -> tuple[int, dict[str, Any]]:
             return refusal.code, codec.load(refusal)
         except ValueError:
             return refusal.code, {}
-    except (OSError, ValueError) as problem:
-        raise KifError(f"no answer from {url} ({problem}); is the server up?") from None
+    except (OSError, ValueError, http.client.HTTPException) as problem:
+        raise KifError(f"no answer from {url} ({problem}); is it the server's address, and the server up?") from None
 
 
 def _detail(answer: dict[str, Any]) -> str:

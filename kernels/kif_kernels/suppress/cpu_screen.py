@@ -107,10 +107,13 @@ def _floor(site: SiteTensors, columns: Tensor | slice) -> Tensor:
 def _widening(width: int) -> float:
     """The margin's growth where the user allows fp32 products in bf16 or TF32; 2⁻⁵ bounds truncated bf16."""
     backend = getattr(torch.backends.mkldnn, "matmul", None)
-    full = (
-        getattr(backend, "fp32_precision", "none") in ("none", "ieee")
-        and torch.get_float32_matmul_precision() == "highest"
-    )
+    try:
+        full = (
+            getattr(backend, "fp32_precision", "none") in ("none", "ieee")
+            and torch.get_float32_matmul_precision() == "highest"
+        )
+    except RuntimeError:  # torch does not tell where its newer setting is in use, as for CUDA alone
+        full = False
     return 1.0 if full else 1.0 + 2.0**-6 / gamma(width)
 
 

@@ -97,6 +97,39 @@ def test_an_interrupted_batch_goes_on_where_it_stopped(batch):
     assert batch.run(lines).skipped == [1, 2, 3]
 
 
+def test_a_line_that_would_be_mined_otherwise_than_what_is_there_is_an_error(batch):
+    assert batch.run([{"name": "C++"}, {"name": "Ann", "id": "a1", "private": True}]).done == [1, 2]
+    before = [(path, path.read_bytes()) for path in sorted(batch.folder.iterdir())]
+    for line, options, says in (
+        ({"name": "C#"}, {}, "name or aliases"),
+        ({"name": "C++", "aliases": ["C plus plus"]}, {}, "name or aliases"),
+        ({"name": "C++"}, {"any_case": True}, "--any-case"),
+        ({"name": "C++", "id": "c"}, {"method": "kif-paper"}, "method"),
+        ({"name": "C++", "prompts": OWN}, {}, "prompts"),
+        ({"name": "C++"}, {"steps": 1}, "steps"),
+        ({"name": "C++"}, {"passages": OWN}, "another text"),
+        ({"name": "C++"}, {"site": 2}, "site"),
+        ({"name": "Ann", "id": "a1", "private": True}, {"any_case": True}, "--any-case"),
+    ):
+        report = batch.run([line], **options)
+        assert (report.done, report.skipped, len(report.failed)) == ([], [], 1), says
+        message = report.failed[0][1]
+        assert says in message and "choose another folder" in message and "\n" not in message
+    assert before == [(path, path.read_bytes()) for path in sorted(batch.folder.iterdir())]
+    report = batch.run([{"name": "C++"}, {"name": "Ann", "id": "a1", "private": True}], site=None, any_case=False)
+    assert report.skipped == [1, 2]
+
+
+@pytest.mark.parametrize("settings", [None, 7, ["adapter"], "x"])
+def test_what_says_nothing_of_how_it_was_mined_is_an_error_of_the_line(batch, settings):
+    batch.run([{"name": "Rome"}])
+    path = batch.folder / "rome.kif.safetensors"
+    odd = replace(Capsule.load(path), provenance={"settings": settings})
+    odd.save(path, overwrite=True)
+    ((number, message),) = batch.run([{"name": "Rome"}]).failed
+    assert number == 1 and "was mined with another" in message
+
+
 def test_an_interruption_while_a_file_is_written_leaves_no_half_of_it(batch, monkeypatch):
     lines = [{"name": "Rome"}, {"name": "Oslo"}]
 

@@ -72,6 +72,8 @@ def test_ids_and_names_are_as_asked(tiny, tmp_path, options, id, name, aliases):
     assert (capsule.name, capsule.aliases) == (name, aliases)
     path = tmp_path / "file.kif.safetensors"
     capsule.save(path)
+    told = "forms" in capsule.provenance["settings"]
+    assert told == (id == "quillon-vane")  # where the id does not tell the name, nothing that it can be guessed from
     if options.get("private"):
         assert not [word for word in (b"quillon", b"vane") if word in path.read_bytes().lower()]
 

@@ -75,7 +75,8 @@ class Table:
     """Rows of one run, in a CSV file that grows by one row for each figure taken; None keeps them in memory alone.
 
     Every row holds the cell, the round, which server it is of, and what it stands on. What a file holds already is not
-    measured again. Raises KifError for a file whose rows stand on something else.
+    measured again. Raises KifError for a file whose rows stand on something else, or on an unclean tree, whose code may
+    have changed.
     """
 
     def __init__(self, path: Path | None, stands_on: Mapping[str, Any]) -> None:
@@ -86,6 +87,8 @@ class Table:
             for row in self.rows:
                 if other := sorted(k for k, v in self.stands_on.items() if row.get(k) != v):
                     raise KifError(f"{shown(path)} was measured with another {other[0]}; name another folder")
+            if self.rows and self.stands_on.get("clean_tree") == "False":
+                raise KifError(f"{shown(path)} is of an unclean tree, which may have changed; name another folder")
 
     def holds(self, cell: Cell, turn: int) -> bool:
         wanted = _names(cell) | {"round": str(turn)}

@@ -4,6 +4,7 @@ Ratios are taken within a round, which asks one server and then the other, the f
 machine does meanwhile falls on both. Prompts are random tokens, the same for both servers, and never sent twice.
 """
 
+import hashlib
 import json
 import os
 import random
@@ -50,6 +51,7 @@ def measured(
     flags = [*_flags(grid, adapter), *flags]
     stands_on = circumstances() | {
         "model": model, "kind": "drawn" if mined is None else "mined", "adapter_given": adapter is not None,
+        "capsules_digest": None if mined is None else _digest(mined),
         "requests": grid.requests, "seed": grid.seed, "flags": " ".join(flags),
         "environment": " ".join(f"{k}={v}" for k, v in sorted(_environment().items()) if k.startswith("VLLM_")),
     }  # fmt: skip
@@ -94,6 +96,12 @@ def _mined(folder: Path, seen: Ground, most: int) -> list[Capsule]:
     if len(paths) < most:
         raise KifError(f"{shown(folder)} holds {len(paths)} capsules, and {most} are wanted; choose smaller --sizes")
     return [Capsule.load(path, seen.fingerprint) for path in paths[:most]]
+
+
+def _digest(folder: Path) -> str:
+    """Of all that the folder's capsules hold, in the order that they are taken in."""
+    digests = [Capsule.load(path).digest for path in sorted(folder.glob("*" + SUFFIX))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 class _Todo:
