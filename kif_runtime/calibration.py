@@ -1,9 +1,10 @@
 """What a signature's stored calibration says about other thresholds. Plain numbers, no tensors.
 
 A calibration is the JSON table that mining stores with each signature:
-    asked, measured   false fires per token: asked for, and counted on held-out negatives
+    asked, measured   false fires per token: asked for, and counted on the negatives, or read off their tail if that is
+                      more; the detector has seen these negatives, so that on others it is a few times as much
     tokens            how many negatives
-    recall            share of held-out positives that fire
+    recall            share of held-out positives that fire; the threshold is set under most of them
     tail              {"threshold": u, "rate": share of negatives over u, "shape": ξ, "scale": β}: generalised Pareto
     positives         up to 33 evenly spaced quantiles of the held-out positives' scores, sorted
 Scores have the bias included, so the stored decision is at 0. Raising the decision to `shift` is lowering the bias by

@@ -79,8 +79,11 @@ def undisturbed(model: nn.Module, adapted: bool = False) -> Iterator[None]:
 
 
 def _without_adapter(model: Any) -> AbstractContextManager[Any]:
-    is_peft = hasattr(model, "peft_config") and callable(getattr(model, "disable_adapter", None))
-    return model.disable_adapter() if is_peft else nullcontext()
+    if not hasattr(model, "peft_config"):
+        return nullcontext()
+    if not callable(getattr(model, "disable_adapter", None)):  # one that transformers alone has loaded
+        raise MiningError("the model's adapter cannot be turned off; load the model plainly, and the adapter by PEFT")
+    return model.disable_adapter()
 
 
 class _Reached(Exception):

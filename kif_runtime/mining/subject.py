@@ -1,5 +1,6 @@
 """The subject's side of mining: its forms, the prompts that mention it, and the states read from them."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -77,12 +78,12 @@ class Subject:
 
 
 def checked_forms(name: str, aliases: Sequence[str]) -> tuple[str, ...]:
-    """The name and its aliases, trimmed, each once. Raises MiningError for an empty or unprintable one."""
+    """The name and its aliases, trimmed, each once. Raises MiningError for an empty one, or control characters."""
     forms = []
     for form in (name, *aliases):
         if not isinstance(form, str) or not form.strip():
             raise MiningError("the name, or an alias, is empty; give it as running text would write it")
-        if not form.isprintable():
+        if any(unicodedata.category(c) in ("Cc", "Cs") for c in form):  # joiners and wide spaces belong to some scripts
             raise MiningError("the name, or an alias, holds control characters; remove them")
         forms.append(" ".join(form.split()))
     return tuple(dict.fromkeys(forms))

@@ -14,7 +14,7 @@ from kif_runtime.mining.control import usual_sites
 from kif_runtime.mining.corpus import corpus
 from kif_runtime.mining.reading import Reader
 from kif_runtime.mining.repeated import repeated
-from kif_runtime.mining.subject import in_other_cases
+from kif_runtime.mining.subject import checked_forms, in_other_cases
 from tests.mining import ALIAS, DAY, KINDS, NAME, OWN, TWO, WIDTH, check_unchanged, snapshot, states
 
 
@@ -253,6 +253,18 @@ def test_the_published_method_gives_one_soft_signature_of_rank_one(tiny):
     assert capsule.provenance["method"] == "kif-paper"
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"),
+        ("\u5c71\u7530\u3000\u592a\u90ce", "\u5c71\u7530 \u592a\u90ce"),
+        ("A\u00a0B", "A B"),
+    ],
+)
+def test_names_with_joiners_and_wide_spaces_are_names(given, kept):
+    assert checked_forms(given, [given]) == (kept,)
+
+
 # -- what is refused
 
 
@@ -261,6 +273,7 @@ def test_the_published_method_gives_one_soft_signature_of_rank_one(tiny):
     [
         ({"name": ""}, "empty"),
         ({"name": "Ann\nLee"}, "control characters"),
+        ({"name": "Ann\ud800"}, "control characters"),
         ({"name": "the", "aliases": ["a", "of", "and", "in", "is", "was", "to"]}, "longer form"),
         ({"name": "zq" * 60}, "48"),
         ({"name": "!?"}, "give an id"),

@@ -32,6 +32,14 @@ def test_mining_leaves_the_model_as_it_was_in_any_mode(tiny, half_trained, ostia
     assert found.digest == ostia.digest  # and neither dropout nor the caller's mode had a part in it
 
 
+def test_an_adapter_that_cannot_be_turned_off_is_refused(tiny):
+    """Its states would be taken, and kept, for those of the model beneath."""
+    model = tiny.fresh()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))  # transformers' own way
+    with pytest.raises(MiningError, match="cannot be turned off"):
+        mine(model, tiny.tokenizer, NAME)
+
+
 def test_an_interruption_in_the_middle_leaves_the_model_as_it_was(tiny, half_trained, monkeypatch):
     before = snapshot(half_trained)
     head, inner = half_trained.lm_head, half_trained.lm_head.forward
