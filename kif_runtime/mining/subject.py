@@ -18,6 +18,7 @@ LONGEST_NAME = 48  # tokens
 _ANY_TEMPLATES = 24
 # With templates, where the name stands elsewhere than at the start, also without a space before it.
 _ELSEWHERE = ("({}) and {}", '"{}" and', "\n{} was", "The {}")
+_NO_LETTERS = ("Cc", "Cs", "Zl", "Zp")  # joiners and wide spaces, which are others, belong to some scripts
 _PARTNERS = 10  # entities whose words are joined with the subject's for near misses
 
 
@@ -83,7 +84,7 @@ def checked_forms(name: str, aliases: Sequence[str]) -> tuple[str, ...]:
     for form in (name, *aliases):
         if not isinstance(form, str) or not form.strip():
             raise MiningError("the name, or an alias, is empty; give it as running text would write it")
-        if any(unicodedata.category(c) in ("Cc", "Cs") for c in form):  # joiners and wide spaces belong to some scripts
+        if any(unicodedata.category(c) in _NO_LETTERS for c in form):
             raise MiningError("the name, or an alias, holds control characters; remove them")
         forms.append(" ".join(form.split()))
     return tuple(dict.fromkeys(forms))
