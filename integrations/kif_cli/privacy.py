@@ -43,7 +43,7 @@ def cleaner(
     longest_first = sorted(called, key=lambda words: len("".join(words)), reverse=True)
     letter = r"[^\W_]"
     every = "|".join(r"[\s_-]*".join(map(re.escape, words)) for words in longest_first)
-    pattern = re.compile(rf"(?<!{letter})(?:{every})(?!{letter})", re.IGNORECASE)
+    pattern = re.compile(rf"(?<!{letter})(?:{every or '(?!)'})(?!{letter})", re.IGNORECASE)
     joined = {"".join(words): label for words, label in called.items()}
 
     def text(value: str) -> str:

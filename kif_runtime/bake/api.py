@@ -74,6 +74,7 @@ def bake(
     _check_installed()
     folder, processes = Path(out), Processes(accelerator)
     chosen = _objective(objective, options)
+    chosen.neurons = None  # an object may have served an earlier baking
     _check_ids(capsules, names or {})
     digest = fingerprint(model)
     for capsule in capsules:

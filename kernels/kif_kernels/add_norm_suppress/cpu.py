@@ -1,29 +1,15 @@
 """The fused operators on the CPU: the reference's own steps, with the fast path's edits of the few tokens that fire."""
 
+from functools import partial
+
 from torch import Tensor
 
 from ..layout import Candidates, SiteTensors
 from ..suppress.cpu import edits, suppress_
 from ..suppress.reference import flatten, write
-from .reference import norm
+from . import reference
 
-
-def add_norm_suppress_(
-    hidden: Tensor,
-    residual: Tensor,
-    rows: Tensor,
-    site: SiteTensors,
-    weight: Tensor,
-    epsilon: float,
-    one_plus: bool,
-    hits: Tensor | None,
-    candidates: Candidates | None,
-) -> None:
-    """The server's own computation, and between its two halves suppression of the sum, which is fp32."""
-    x = hidden.float() + residual.float()
-    suppress_(x, rows, site, hits, candidates)
-    residual.copy_(x)
-    hidden.copy_(norm(x, weight, epsilon, one_plus, hidden.dtype))
+add_norm_suppress_ = partial(reference.add_norm_suppress_, suppress_=suppress_)
 
 
 def suppress_normed_(
@@ -45,4 +31,4 @@ def suppress_normed_(
     changed = (x != flatten(residual, rows)[0][token]).any(-1)
     token, x = token[changed], x[changed]
     write(residual, token, x.to(residual.dtype))
-    write(normed, token, norm(x, weight, epsilon, one_plus, normed.dtype))
+    write(normed, token, reference.norm(x, weight, epsilon, one_plus, normed.dtype))

@@ -10,11 +10,13 @@ which nothing fires gets its bits: the quotient is rounded to the weight's dtype
 hidden's. Gemma's norm multiplies by 1 + w in fp32 (GemmaRMSNorm, the same version): `one_plus`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..layout import Candidates, SiteTensors
-from ..suppress.reference import suppress_
+from ..suppress import reference
 
 
 def norm(x: Tensor, weight: Tensor, epsilon: float, one_plus: bool, dtype: torch.dtype) -> Tensor:
@@ -39,7 +41,9 @@ def add_norm_suppress_(
     one_plus: bool = False,
     hits: Tensor | None = None,
     candidates: Candidates | None = None,
+    suppress_: Callable[..., None] = reference.suppress_,
 ) -> None:
+    """`suppress_` is the path that edits the sum: the specification's own unless another is given."""
     work = work_dtype(hidden)
     x = hidden.to(work) + residual.to(work)
     suppress_(x, rows, site, hits, candidates)
@@ -61,7 +65,7 @@ def suppress_normed_(
     """After the host's own add and norm: x is the rounded residual, and only tokens on which something fires change."""
     before = residual.to(work_dtype(residual))
     x = before.clone()
-    suppress_(x, rows, site, hits, candidates)
+    reference.suppress_(x, rows, site, hits, candidates)
     touched = ((x != before) & ~x.isnan()).any(-1)
     residual[touched] = x[touched].to(residual.dtype)
     normed[touched] = norm(x[touched], weight, epsilon, one_plus, normed.dtype)

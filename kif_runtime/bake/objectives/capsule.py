@@ -51,6 +51,7 @@ class CapsuleObjective(Objective):
     def prepare(self, setup: Setup) -> None:
         """Start from neurons that do the signatures' work, where the model's MLPs are gated and it helps: some models
         norm or scale what their MLPs add."""
+        self.home = None
         if not self.start:
             return
         if not compilable(setup.passes, setup.homes):
